@@ -172,7 +172,7 @@ def _check(options: EvidenceOptions) -> None:
 def _diagnosis_of(name: str) -> Diagnosis:
     """Return the diagnosis of one piece of evidence: a file, or standard input for "-". By its content it is
     a memory snapshot, the record of a watched training (only as a file), or else the text of a log. Raises
-    UserError if it cannot be read."""
+    UserError if it cannot be read, and for a snapshot that is damaged or too large."""
     from memfit.monitoring import autopsy as rules
     from memfit.monitoring.memory_snapshot import LARGEST_BYTES, is_snapshot, parse_snapshot, read_snapshot
     from memfit.monitoring.record import read_records

@@ -73,8 +73,9 @@ def check_choice(option_or_argument: str, value: str, allowed: Iterable[str]) ->
 def refuse_options(
     options: Mapping[str, object], why_refused: str, *, allowed: str = "", hint: str = ""
 ) -> None:
-    """Raise UserError if a value of ``options``, option -> value, is set: not None, False, 0 or empty. The
-    error names all of these options, and then says ``why_refused``, such as "cannot be used with --from"."""
+    """Raise UserError if a value of ``options``, option -> value, is set; None, False, 0 and empty values are
+    not. The error names all options that are set, and then says ``why_refused``, such as "cannot be used with
+    --from"."""
     if options_given := [name for name, value in options.items() if value]:
         raise UserError(f"{', '.join(options_given)} {why_refused}", allowed=allowed, hint=hint)
 

@@ -188,7 +188,7 @@ def machine_of(on: str, place: str) -> Machine:
     catalog such as "8xH100-SXM"; or the path of a machine file, which ends in .toml. ``place``: name of the
     place of the electricity, such as "world"; not used for a machine file, which has its own. Raises
     UserError for an unknown machine or place, a kind of device that this machine does not have, and an
-    invalid file."""
+    invalid file; MemfitError for an accelerator of this machine that does not work."""
     from memfit import catalog
     from memfit.runtime.local_machine import this_machine
 

@@ -300,8 +300,9 @@ def _run_prepared(
     runtime: RuntimeOptions,
     device: DeviceOptions,
 ) -> Run:
-    """Make the run in the file of --spec. Raises UserError for options that it decides, without --record, and
-    for a file that is not of a run."""
+    """Make the run in the file of --spec and return it. Raises UserError for options other than --record and
+    --label, which the file decides; without --record; and for a file that cannot be read or is not of a
+    run."""
     from memfit.files.read import read_text
     from memfit.types import serialization
     from memfit.types.result import PreparedRun

@@ -30,9 +30,8 @@ def gradient_clipping(plan: Plan, observed: Observations) -> Iterator[CheckFindi
     observed.
 
     With tensor-, context-, axial- or expert-parallel or a pipeline (`_SEVERAL`), the norm of all ranks'
-    gradients is unknown. The largest norm on a single rank, a lower bound, replaces it at the update: one
-    that is not above the limit counts as more than 1 % below it. The norm before clipping counts as
-    unknown."""
+    gradients is unknown. The largest norm on a single rank, a lower bound, replaces it at the update: one of
+    at most 101 % of the limit counts as below it. The norm before clipping counts as unknown."""
     if observed.clip is None:
         return
     updates = [r.update for r in observed.ranks]

@@ -298,7 +298,7 @@ def _is_certain(figures: Sequence[WeightFigures]) -> bool:
 
 
 def _gradients(figures: Sequence[WeightFigures]) -> Mapping[str, float]:
-    """Return parameter -> the largest gradient of all ranks; infinity if its size is unknown."""
+    """Return parameter -> the largest gradient of all ranks; infinity if its size is unknown or NaN."""
     largest: dict[str, float] = {}
     for name, value in (item for f in figures for item in f.gradients.items()):
         size = math.inf if value is None or math.isnan(value) else value
@@ -325,7 +325,8 @@ def _parameters_without_gradient(figures: Sequence[WeightFigures]) -> frozenset[
 
 
 def _is_much(untrained: Sequence[ObservedParameter], due: Sequence[ObservedParameter]) -> bool:
-    """Return whether ``untrained`` are all of ``due`` in some block, or a quarter of its elements."""
+    """Return whether ``untrained`` are all of ``due`` in some block, or have a quarter of the elements of all
+    ``due``."""
     names = {p.name for p in untrained}
     blocks = {index for p in due for index in p.blocks}
     whole = any(all(p.name in names for p in due if index in p.blocks) for index in blocks)
