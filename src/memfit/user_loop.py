@@ -100,7 +100,7 @@ class Fit:
         if not self._updates_count:
             self._warn([m.batch for m in micro_batches])
         self._is_open, self._is_complete = True, False
-        self._watch()
+        self._watch(len(micro_batches))
         for micro_batch in micro_batches:
             self._begin(micro_batch)
             yield micro_batch.batch
@@ -219,7 +219,9 @@ class Fit:
         self._updates_count += 1
         self.optimizer.step()
 
-    def _watch(self) -> None:
+    def _watch(self, micro_batches: int) -> None:
+        """Begin to observe the step, which runs ``micro_batches``, for the comparison with the plan. A short
+        batch may have fewer of them than the plan. Do nothing if no step is compared, or after the first."""
         if not self._conform or self._is_traced:
             return
         job = self._step.job
@@ -230,6 +232,7 @@ class Fit:
             blocks=job.blocks,
             head=job.head,
             whole_elements=self._elements,
+            micro_batches=micro_batches,
         )
         self._monitor.clip = job.clip
         self._monitor.__enter__()

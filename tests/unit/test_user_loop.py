@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import child_ranks
 import pytest
@@ -240,6 +240,21 @@ def test_clipping_is_that_of_the_worker_and_the_norm_that_before_it() -> None:
     assert float(fit.step()) > 0.1
 
 
+@pytest.mark.parametrize("samples", [3, 1])
+def test_a_first_batch_of_fewer_samples_than_micro_batches_conforms(samples: int) -> None:
+    fit = memfit.apply({"gradient-accumulation": {"micro_batches": 4}}, make_model())
+    batch = {name: tensor[:samples] for name, tensor in make_batch(0).items()}
+    parts_count = 0
+    for part in fit.split(batch):
+        fit.backward(loss_of(fit.model, part))
+        parts_count += 1
+    fit.step()
+    assert parts_count == samples
+    assert fit.conformance is not None
+    assert ("gradient-accumulation" in fit.conformance.checked) is (samples > 1)
+    assert not any("gradient-accumulation" in text for text in fit.conformance.unseen)
+
+
 def test_micro_batches_are_weighted_by_their_loss_terms() -> None:
     model, batch = make_model(), make_batch(0)
     batch["y"][:2, 4:] = -100
@@ -400,7 +415,10 @@ def wrong_calls() -> dict[str, tuple[Any, str]]:
         "groups": (lambda m: memfit.apply("zero", m, two_groups(m)), "one parameter group"),
         "no example": (lambda m: memfit.apply("chunking", m), "batch=batch"),
         "device": (lambda m: memfit.apply({}, m, device="foo"), "device is 'foo', which torch cannot use"),
-        "loss terms": (lambda m: memfit.apply({}, m, loss_terms=5), "argument loss_terms is a int"),
+        "loss terms": (
+            lambda m: memfit.apply({}, m, loss_terms=cast(Any, 5)),
+            "argument loss_terms is a int",
+        ),
     }
 
 

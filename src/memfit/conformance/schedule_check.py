@@ -17,10 +17,12 @@ from memfit.types.plan import Plan
 
 def micro_batches(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
     """Check how many micro-batches the step runs. With a pipeline, as many as planned, on each of this rank's
-    stages. Else a multiple of the number that is planned, which is 1 without gradient-accumulation. Yields
-    `NotChecked` if the plan has gradient-accumulation or a pipeline and no forward or backward pass was
-    observed. Yields nothing if one micro-batch is planned without a pipeline and passes were observed, or if
-    the plan has neither technique and no passes were observed."""
+    stages. Else a multiple of the number that is planned, which is 1 without gradient-accumulation. The
+    caller of the monitor may have given another number (``observed.micro_batches``), as for a short batch.
+
+    Yields `NotChecked` if the plan has gradient-accumulation or a pipeline and no forward or backward pass
+    was observed. Yields nothing if one micro-batch is planned without a pipeline and passes were observed, or
+    if the plan has neither technique and no passes were observed."""
     pipeline = plan.get("pipeline")
     planned_count = observed.micro_batches or plan.micro_batches
     if pipeline is not None:  # every stage on this rank runs each micro-batch
@@ -37,7 +39,7 @@ def micro_batches(plan: Plan, observed: Observations) -> Iterator[CheckFinding]:
             found_count = max(observed.passes, default=0) or found_count
         wrong = found_count != planned_count if pipeline is not None else bool(found_count % planned_count)
         yield Checked(feature, f"{planned_count} micro-batches", str(found_count), wrong=wrong)
-    elif "gradient-accumulation" in plan or pipeline is not None:
+    elif not found_count and ("gradient-accumulation" in plan or pipeline is not None):
         yield NotChecked(f"{feature}: no forward or backward pass was observed")
 
 
