@@ -263,7 +263,7 @@ def _model_types() -> Any:
 def _find_published(name: str) -> tuple[str, PublishedModel] | None:
     """Return the repository and the model of the table of published configurations that ``name``, without
     settings, means. Return None if there is none, or if ``name`` is a folder with config.json or a model
-    type."""
+    type. Raises UserError if transformers cannot be imported."""
     if (Path(name).expanduser() / "config.json").is_file() or name in _model_types():
         return None
     return find_published(name)

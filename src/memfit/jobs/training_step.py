@@ -78,7 +78,8 @@ class TrainingStep:
         ``device``: the kind of device whose kernels run, such as "cuda". ``torch_device``: where the model
         and batches are, such as "cuda:0"; a trace leaves them on the CPU. ``world``: the plan's layout of
         ranks with this process's rank; by default rank 0, without a device mesh. ``on_built`` is called with
-        the workbench, which holds the model as the job built it, before any technique changes it.
+        the workbench, which holds the model as the job built it, before any technique changes it. Raises
+        UserError as the class says.
         """
         check(plan)
         model = job.build_model()

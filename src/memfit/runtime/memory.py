@@ -45,9 +45,9 @@ class PeakCounter(Protocol):
 
 def peak_counter(device: str | torch.device = HOST) -> PeakCounter:
     """Return a counter for `device` ("cpu", "cuda:1") that is already counting: for an accelerator, torch's
-    statistics, whose peaks are reset; for the CPU, the counting allocator, or `TorchEvents` if that is not
-    available. Call it before the model is built, because the counters for a CPU do not see earlier
-    tensors."""
+    statistics (`accelerator_counter`), whose peaks are reset; for the CPU, the counting allocator, or
+    `TorchEvents` if that is not available. Call it before the model is built, because the counters for a CPU
+    do not see earlier tensors."""
     if (counted_device := torch.device(device)).type != HOST:
         return accelerator_counter(counted_device)
     try:

@@ -55,7 +55,8 @@ class StallWatch:
     ``limit_s``: seconds without progress in a step after which the run is ended; None: 20 times the longest
     of the last 20 steps of each rank, at least 5 minutes. Until a rank has done two steps, 5 times
     ``predicted_step_s`` counts as the longest; 10 minutes if that is None (unknown). Outside steps (start,
-    resume, save, evaluate) it is at least half an hour, unless a rank is stopped by a signal.
+    resume, save, evaluate) it is half an hour, or ``limit_s`` if that is longer, unless a rank is stopped by
+    a signal.
     ``is_pipeline``: whether the ranks are stages of a pipeline."""
 
     def __init__(
@@ -83,9 +84,10 @@ class StallWatch:
 
     def poll(self, passed_s: float) -> Stall | None:
         """Return the stall if there is one to report, else None. A stall is reported once when it has lasted
-        for two of the longest steps (10 minutes outside steps; 1 s if a rank is stopped by a signal), and at
-        every call from when the run is to be ended. ``passed_s``: seconds since the last call. A call that
-        reports takes a second, in which the ranks write their stack traces."""
+        for two of the longest steps and at least 2 s (10 minutes outside steps; 1 s if a rank is stopped by a
+        signal; longer than pauses that were reported before), and at every call from when the run is to be
+        ended. ``passed_s``: seconds since the last call. A call that reports takes up to a second, in which
+        the ranks write their stack traces."""
         running = {r: c for r, c in enumerate(self._children) if c.pid is not None}
         for rank, child in running.items():
             beat = read_beat(child.folder / HEARTBEAT) if child.folder is not None else Beat()

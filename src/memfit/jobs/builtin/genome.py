@@ -119,7 +119,7 @@ def _chromosome() -> Array:
 
 def _fasta(path: str) -> Array:
     """Return the bases of all records of a FASTA file, concatenated, as 0 to 3 for A, C, G, T. Either case is
-    allowed. Other letters (N, gaps) are left out."""
+    allowed. Other letters (N, gaps) are left out. Raises UserError as `read_text` does."""
     lines = [line.strip() for line in read_text(path).splitlines() if not line.startswith(">")]
     letters = np.frombuffer("".join(lines).upper().encode(), np.uint8)
     code_of_letter = np.full(256, 255, np.uint8)

@@ -62,7 +62,8 @@ class SubmititExecutor(Executor):
         return [job.job_id for job in jobs]
 
     def start(self, tasks: Sequence[Task]) -> Sequence[Any]:
-        """Submit the tasks and return submitit's jobs, in their order."""
+        """Submit the tasks and return submitit's jobs, in their order. Raises OSError, and submitit's
+        FailedJobError and FailedSubmissionError."""
         with self._executor.batch():
             return [self._executor.submit(run_task, *self.arguments(task)) for task in tasks]
 
