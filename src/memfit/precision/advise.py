@@ -133,7 +133,7 @@ def _first_samples(job: Job, index: int) -> Any:
     """Return the first samples of the batch of step ``index``. The batch is cut into as many micro-batches of
     at least n samples as possible, and the first one is returned; the whole batch if it has fewer than 2 n
     samples. n is the number of samples that have 2**15 elements in the batch's largest tensor, rounded down,
-    but at least 2."""
+    but at least 2. Raises what `batch_length` raises."""
     batch = job.make_batch(index, 0)
     length = batch_length(batch)
     elements = max(t.numel() for t in leaves(batch)) // length

@@ -62,7 +62,7 @@ def run_step(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Run one forward and, if ``backward``, one backward pass, without dropout and from the same random state
     each time. Return (loss, gradients by name of the parameter). Without ``backward``, the latter are {}. The
-    gradients are removed from the model."""
+    gradients are removed from the model. Errors of the loss are raised as they are."""
     with deterministic(), contextlib.nullcontext() if backward else torch.no_grad():
         loss_value = loss(model, batch)
     if backward:

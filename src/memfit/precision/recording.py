@@ -64,7 +64,7 @@ def record(
 ) -> RecordedCall:
     """Run the loss and, with ``backward``, its backward, without dropout. Return the root of the tree of
     recorded calls: the call of the loss function, whose inner calls are those of modules. Without
-    ``backward`` no gradients are recorded."""
+    ``backward`` no gradients are recorded. Errors of the loss are raised as they are."""
     root = RecordedCall(LOSS, inputs=((batch,), {}))
     recorder = _Watch(model, root)
     with recorder, _Computing(recorder.stack), deterministic():

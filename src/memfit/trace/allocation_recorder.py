@@ -404,7 +404,8 @@ class AllocationRecorder(TorchDispatchMode):
         if they are not known. An operator that takes or makes sparse tensors is left to `_sparse`.
 
         Record the storages of its outputs and temporary tensors, and the call with its cost. While the model
-        is built on the host, the call is not recorded.
+        is built on the host, the call is not recorded. Raises what `Results.of`, `Results.work` and
+        `note_real` raise.
         """
         if func in operators.SPARSE_MAKERS or (self.sparse_seen and any(map(operators.is_sparse, args))):
             return self._sparse(func, fact, args, kwargs)

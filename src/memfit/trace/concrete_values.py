@@ -159,7 +159,7 @@ class ConcreteValues:
         """Return the operator's indices and counts for assumed values of its first argument, with None for
         the floating-point numbers among its results. Return None if no values can be assumed (`assume`), or
         if the operator is not followed (`may_follow`, `compute`). Afterwards the values of the first argument
-        are forgotten, except those of a mask."""
+        are forgotten, except those of a mask. Raises what `compute` raises."""
         has_values = self.assume(args[0]) is not None
         result = self.compute(func, args, kwargs) if has_values and self.may_follow(args) else None
         if has_values and args[0].dtype is not torch.bool:

@@ -47,9 +47,9 @@ def use_device_kernels(device: str, note: Callable[[str], None] = lambda text: N
 
     Derivatives that differ for fake tensors are patched for every device (`patch_formulas`), and nothing else
     is for "cpu". For another device, autocast for it acts on the host (`autocast_on_host`), by CUDA's lists
-    if the device uses these. For "cuda", DeepSpeed's attention for Evoformers is replaced, too
-    (`trace_evoformer_attention`). ``note`` is called with a sentence about each kernel that runs and whose
-    choice or memory is not known.
+    if the device uses these (`cuda_autocast_on_host`, which refuses some calls). For "cuda", DeepSpeed's
+    attention for Evoformers is replaced, too (`trace_evoformer_attention`). ``note`` is called with a
+    sentence about each kernel that runs and whose choice or memory is not known.
     """
     if (kind := device_kind(device)).is_host:
         with patch_formulas():

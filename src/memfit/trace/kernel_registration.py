@@ -18,7 +18,7 @@ def replace_kernels(kernels: Iterable[tuple[str, str, Callable[..., Any]]]) -> I
 
     Graph captures dispatch in Python (torch/_ops.py), in a cache of each operator. The caches of these
     operators are cleared when the context begins and when it ends: else a compiled model would run the
-    kernels of an earlier device, or have no gradients.
+    kernels of an earlier device, or have no gradients. Raises what `aten_operator` raises.
     """
     kernels = list(kernels)
     operators = {aten_operator(name) for name, _, _ in kernels}

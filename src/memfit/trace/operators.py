@@ -280,7 +280,7 @@ class Results:
     def built(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator of a model's construction that is not recorded, and return its result. Filling a
         fake tensor with zeros, a constant, or uniform or normal numbers is skipped, because fake parameters
-        need no initialisation: the tensor is returned."""
+        need no initialisation: the tensor is returned. Errors of the operator are raised."""
         if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
             return args[0]
         if func in MAKERS:

@@ -137,7 +137,8 @@ def _try_few_samples(trial_job: Job, whole_job: Job) -> SampleDependence:
     """Return the result of a trial of ``trial_job``, which has a few samples of ``whole_job``. If that is
     "independent", but the whole batch uses an operator in another way than the few samples
     (`size_dependent_operator`), return the result of a trial of the whole batch, or "not tested" if that
-    would exceed the limits of memory and time."""
+    would exceed the limits of memory and time. Raises TimeLimitExceeded (`FixedRandom`). Errors of the job's
+    functions are raised as they are."""
     result, batch = _Trial(trial_job).run(), whole_job.make_batch(0, 0)
     length = batch_length(batch)
     if result.kind is not DependenceKind.INDEPENDENT or length <= trial_job.batch_size:
@@ -261,7 +262,7 @@ def _parameter_bytes(model: nn.Module) -> int:
 def _with_samples(job: Job, count: int) -> Job:
     """Return the job with ``count`` samples that differ (`varied_samples`) as its batch of step 0, and as
     many that stand together, the first of its first batch, as that of step 1. Samplers may put what belongs
-    together, such as several samples of one person, side by side."""
+    together, such as several samples of one person, side by side. Raises what `varied_samples` raises."""
     varied, batch = varied_samples(job, count), job.make_batch(0, 0)
     size = batch_length(varied)
     first = select(batch, range(size))
@@ -450,7 +451,8 @@ class _Trial:
           all zero, if a ``real`` batch has another loss when it is computed again, if the loss fails on
           half of the batch, or if `_difference` says so.
 
-        ``setting`` names the batch in the result's reason, as in "on random samples".
+        ``setting`` names the batch in the result's reason, as in "on random samples". Raises
+        TimeLimitExceeded, and the error of a loss that fails on the whole batch.
         """
         first_gradients = None
         if real:  # fill caches; what the first batch sets is tried by `_set_by_first_batch`
@@ -504,6 +506,7 @@ class _Trial:
 
         New models compute the first half, the second half after it (as micro-batches do) and the second half
         alone (as ranks do). Both must add up to the loss and gradients of the whole batch in a new model.
+        Errors of the job's functions are raised as they are.
         """
         whole, model, state = self.first_gradients, self.model, self.state
         if whole is None or not whole.is_finite():
@@ -565,7 +568,7 @@ class _Trial:
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
         """Return (the loss and gradients of each part, the model's state after each part, see `_state_of`).
-        Every part starts from the same state."""
+        Every part starts from the same state. Errors of the loss are raised as they are."""
         gradients, states, first = [], [], 0
         for part in parts:
             gradients.append(self._gradients(part, first_sample=first))
@@ -626,8 +629,8 @@ class _Trial:
 
     def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
         """Return whether splitting the batch in halves changes the loss or the gradients even if the
-        BatchNorm layers ``norms`` use their running statistics. Return False if one of the layers has
-        none."""
+        BatchNorm layers ``norms`` use their running statistics. Return False if one of the layers has none.
+        Raises what `_total` raises."""
         layers = [m for m in norms.values() if getattr(m, "running_mean", None) is not None]
         if len(layers) < len(norms):
             return False  # layers without running statistics cannot be held fixed

@@ -238,7 +238,8 @@ def _local_batch(step: TrainingStep, index: int) -> tuple[Any, float]:
 
     For a plan of one rank, batches are kept for later traces of the same ``make_batch``, with memory that is
     never touched in place of tensors whose values are not followed because they have more than
-    `MOST_ELEMENTS` elements. They are not kept if weights are followed (`follow_weights`).
+    `MOST_ELEMENTS` elements. They are not kept if weights are followed (`follow_weights`). Raises UserError
+    for a batch that is not in host memory. Errors of ``make_batch`` are raised as they are.
     """
 
     def make() -> tuple[Any, float]:
@@ -429,7 +430,8 @@ def _marker(recorder: AllocationRecorder, step: TrainingStep) -> Any:
 def label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
     """Label the optimizer's state, and then the model's parameters and buffers, whose label therefore holds
     for a storage that belongs to both. Step counters that the optimizer keeps on the host of an accelerator
-    are moved to the place "nowhere", where they do not count."""
+    are moved to the place "nowhere", where they do not count. Raises what `AllocationRecorder.label`
+    raises."""
     parameters = list(step.model.named_parameters())
     owner = {id(p): name.rpartition(".")[0] for name, p in parameters}
     on_host = not recorder.kind.is_host and counts_steps_on_host(step.optimizer)
@@ -443,7 +445,7 @@ def label_state(recorder: AllocationRecorder, step: TrainingStep) -> None:
 
 def label_tensors(recorder: AllocationRecorder, named: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Label the tensors, given as (name, tensor), as parameters of the module whose path is the name up to
-    the last dot."""
+    the last dot. Raises what `AllocationRecorder.label` raises."""
     for name, tensor in named:
         recorder.label(tensor, Category.PARAMETER, module=name.rpartition(".")[0])
 

@@ -58,7 +58,8 @@ def varied_samples(job: Job, count: int) -> Any:
 
 
 def _pool(job: Job, first: Any) -> Any:
-    """Return the first batches joined into one, cut to the largest number of samples."""
+    """Return the first batches joined into one, cut to 256 samples. ``first``: the first of them. Raises what
+    `batch_length` raises."""
     batches, length, start = [first], batch_length(first), time.monotonic()
     size_bytes = sum(t.numel() * t.element_size() for t in batch_tensors(first))
     while len(batches) < _MOST_BATCHES and length < _MOST_SAMPLES:

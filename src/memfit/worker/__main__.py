@@ -12,7 +12,8 @@ from memfit.worker import calibrate, devices, train
 
 def main() -> int:
     """Do what the command line says: ``run`` (or any other word) trains, ``calibrate`` measures, ``devices``
-    prints. Return the status with which the process must exit: that of `train.main`, else 0."""
+    prints. Return the status with which the process must exit: that of `train.main`, else 0. Errors of these
+    are raised as they are."""
     collect_rarely()
     code = 0
     if sys.argv[1] == "devices":

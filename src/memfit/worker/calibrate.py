@@ -15,7 +15,7 @@ def main(path: Path) -> None:
     ``memory_only`` is true in the file, one event "workspace" per operator reports the memory that it takes
     inside. Otherwise one event "calibration" reports the times and peaks of all operators and, if ``rates``
     is true, the machine's rates, such as the speed of copies. The last event is "result", with the outcome
-    OK."""
+    OK. An error is raised, without a result."""
     import torch
 
     from memfit.runtime.devices import use_device

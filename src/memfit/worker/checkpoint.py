@@ -245,7 +245,7 @@ class Checkpointer:
 
     def _own_files(self, folder: Path) -> Iterator[tuple[str, int, str]]:
         """Yield (name, bytes, SHA-256) of the files that this rank has written into ``folder``; rank 0 also
-        wrote those that belong to no rank."""
+        wrote those that belong to no rank. Raises OSError if one cannot be read."""
         for file in folder.iterdir():
             is_of_rank = file.name.startswith("__")
             if file.name.startswith(f"__{self.rank}_") or (self.rank == 0 and not is_of_rank):

@@ -313,7 +313,7 @@ def _rehearse(
     """Save once, if ``keeper`` is given, and evaluate once, if the run evaluates under its cap. Return the
     largest data segment of the process meanwhile in bytes; 0 if it did neither, or without the counting
     allocator. What both load for the first time is then part of the footprint. The state of torch's random
-    numbers on the host is as before."""
+    numbers on the host is as before. Raises what `Checkpointer.rehearse` and the job's ``evaluate`` raise."""
     import torch
 
     from memfit.runtime.counting_allocator import CountingAllocator

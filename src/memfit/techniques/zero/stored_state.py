@@ -30,7 +30,8 @@ class StoredState:
     shape than their parameter, such as step counters, more bytes per element, or a tensor subclass stay in
     memory.
 
-    With fake tensors nothing is written, but storages are allocated and freed in the same order.
+    With fake tensors nothing is written, but storages are allocated and freed in the same order. All methods
+    but `state` raise OSError if the disk is full.
     """
 
     def __init__(self, bench: Workbench, shard: torch.Tensor, piece_sizes: Sequence[int], most: int) -> None:
