@@ -180,8 +180,9 @@ class ExistingMachine(_Strict):
 
 
 class OwnedMachine(ExistingMachine):
-    """Figures of a machine that the user has or buys. ``site``: "desk" or "server-room", for the PUE; if
-    unset, a desktop is at a desk and all else in a server room.
+    """Figures of a machine that the user has or buys. ``site``: "desk" or "server-room", which determines its
+    PUE unless [money] sets pue_ratio; if unset, a workstation of the catalog is at a desk and all else in a
+    server room.
     """
 
     site: Literal["desk", "server-room"] | None = None
@@ -200,7 +201,8 @@ class Existing(OwnedMachine):
 class Purchase(OwnedMachine):
     """The section [purchase]: a machine to buy.
 
-    ``price``: of one machine with all its devices, without tax; if unset, the catalog's.
+    ``price``: of one machine with all its devices, without tax; if unset, the catalog's, and needed if it has
+    none.
     """
 
     price: CaseValue | None = None
@@ -209,8 +211,8 @@ class Purchase(OwnedMachine):
 class Cloud(ExistingMachine):
     """The section [cloud]: a machine to rent.
 
-    ``per_hour``: price of one machine with all its devices, without tax; if unset, the catalog's.
-    ``storage_per_month``: price per month of storing the data; 0 if unset.
+    ``per_hour``: price of one machine with all its devices, without tax; if unset, the catalog's, and needed
+    if it has none. ``storage_per_month``: price per month of storing the data, without tax; 0 if unset.
     """
 
     per_hour: CaseValue | None = None

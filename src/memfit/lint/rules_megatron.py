@@ -281,8 +281,8 @@ def megatron_few_query_groups(m: Options, s: Setup) -> Found:
 def megatron_query_groups_off(m: Options, s: Setup) -> Found:
     """Report a --num-query-groups other than the number of heads without --group-query-attention: it then has
     no effect. Files with multi-latent attention, or whose arguments are read from a checkpoint
-    (--use-checkpoint-args), are skipped, and so are arguments of other front ends (``m.defaults`` is
-    False)."""
+    (--use-checkpoint-args), are skipped, and so are arguments of other front ends (``m.defaults`` is False)
+    unless they switch these three options off."""
     groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
     is_plain_attention = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
     if groups and heads and groups != heads and is_plain_attention and _without(m, "use_checkpoint_args"):
@@ -291,7 +291,7 @@ def megatron_query_groups_off(m: Options, s: Setup) -> Found:
 
 def megatron_two_lengths(m: Options, s: Setup) -> Found:
     """Report --train-samples together with --train-iters, unless --skip-train is on or may be. Arguments of
-    other front ends (``m.defaults`` is False) are skipped."""
+    other front ends (``m.defaults`` is False) are skipped unless they switch --skip-train off."""
     samples, iterations = m.size("train_samples"), m.size("train_iters")
     if samples and iterations and _without(m, "skip_train"):
         yield {"samples": samples, "iterations": iterations}
@@ -345,7 +345,8 @@ def megatron_moe_sequence(m: Options, s: Setup) -> Found:
     """Report more than one expert with tensor parallelism but without --sequence-parallel, which Megatron
     refuses to train. Files are skipped as only part of the arguments if they give neither --train-iters nor
     --train-samples and not both --global-batch-size and, in the set-up, the number of processes. Arguments of
-    Megatron-DeepSpeed and of other front ends (``m.defaults`` is False) are skipped, too."""
+    Megatron-DeepSpeed are skipped, too, and those of other front ends (``m.defaults`` is False) unless they
+    switch --sequence-parallel and --deepspeed off."""
     tensor = _size(m, "tensor_model")
     trains = any(m.raw(n) is not None for n in ("train_iters", "train_samples"))
     # Files with only part of the arguments are skipped. A known number of processes together with a global

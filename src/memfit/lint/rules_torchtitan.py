@@ -105,7 +105,7 @@ def torchtitan_batch(t: Options, s: Setup) -> Found:
     """Report a global batch that is no multiple of local batch x data-parallel ranks. The number of these
     ranks is the replicate degree x the shard degree. If the shard degree is -1, for all remaining ranks, it
     is the number of processes / (tensor x pipeline x context degrees) or, if the number of processes is
-    unknown, the replicate degree."""
+    unknown, the replicate degree. Nothing is reported if another degree is below 1."""
     global_batch = t.count("training.global_batch_size")
     local_batch = t.count("training.local_batch_size")
     if not global_batch or not local_batch or global_batch < 1:
