@@ -26,6 +26,7 @@ from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.runtime.gloo import gloo_first
 from memfit.techniques.registry import make_use
+from memfit.trace.trace_extrapolation import traces_of
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -366,6 +367,11 @@ def test_a_pipeline_that_cannot_be_cut_is_refused_with_the_reason(model: Any, pl
         )
     with pytest.raises(UserError, match=word):
         trace(job, plan)
+
+
+def test_more_stages_than_blocks_are_refused_for_a_gpu_too() -> None:
+    with pytest.raises(UserError, match="at most 4 stages"):
+        traces_of(JOBS["gpt"], [(_plan(8), 7)], device="cuda")
 
 
 if __name__ == "__main__":

@@ -132,9 +132,9 @@ class _Deep:
     @staticmethod
     def of(job: Job, plan: Plan, rank: int, path: str, count: int, model_period: int) -> _Deep | None:
         pipe = shorten_pipeline(job, plan, rank, count)
-        if pipe is None:
-            return None
-        indices, period = pipe.own_blocks(count), math.lcm(_period(plan), model_period)
+        if pipe is None or not (indices := pipe.own_blocks(count)):
+            return None  # the whole trace refuses a stage without blocks
+        period = math.lcm(_period(plan), model_period)
         first_depth = _first_depth(plan, period)
         first_depth += (len(indices) - first_depth) % period
         rank_blocks = Blocks(path=path, first=indices[0], count=len(indices), period=period)
