@@ -156,8 +156,8 @@ class RunOptions:
             metavar="TIME",
             help="If no process makes progress in a training step for this time, end all and, with --save, "
             "restart them (--restarts). The process that hangs is named on standard error earlier, after "
-            "about two steps' time. Default: 20 times the longest of the last 20 steps, or before the "
-            "second step ends 100 times the predicted step; at least 5 minutes. Outside steps, as while "
+            "two steps' time, at least 2 s. Default: 20 times the longest of the last 20 steps, or before "
+            "the second step ends 100 times the predicted step; at least 5 minutes. Outside steps, as while "
             "loading, saving or evaluating, the limit is this time or 30 minutes, whichever is longer.",
         ),
     ] = None
