@@ -191,7 +191,7 @@ def fill_values(
 ) -> torch.Tensor:
     """Return a real tensor of the shape and dtype of ``tensor`` that the random in-place operator has filled,
     marked as assumed, with numbers as `draw_values` gives them. ``args`` are its arguments without the
-    tensor."""
+    tensor. The tensor itself stays as it is."""
     with unset_fake_temporarily(), torch.no_grad():
         target = torch.empty(tensor.shape, dtype=tensor.dtype)
         return draw_values(lambda: func(target.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]

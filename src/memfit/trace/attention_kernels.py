@@ -198,7 +198,8 @@ def _efficient_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
 
 
 def _cudnn_takes(capability: tuple[int, int], call: AttentionCall) -> bool:
-    """Return whether cuDNN's kernel takes the call in all versions of cuDNN."""
+    """Return whether cuDNN's kernel takes the call on devices of this compute capability in all versions of
+    cuDNN."""
     sizes = call.query.shape[-1], call.value.shape[-1]
     return (
         capability >= (8, 0)

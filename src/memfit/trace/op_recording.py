@@ -121,10 +121,11 @@ class _Recorder(StorageNumbering):
     def _pin(
         self, write_targets: list[torch.Tensor], target_numbers: list[int], new_numbers: range, kwargs: Any
     ) -> None:
-        """Add to ``pinned`` the results that cannot be recomputed because of this call. A result made from a
-        tensor that the call overwrites would have to be recomputed before that write. The results that the
-        call makes or writes to are pinned if it cannot be repeated, writes to several tensors, or writes
-        through a view whose size, stride and offset do not fully describe it."""
+        """Add to ``pinned`` the results that cannot be recomputed because of a call with these ``kwargs``. A
+        result made from a tensor that the call overwrites would have to be recomputed before that write. The
+        results that the call makes (``new_numbers``) or writes to (``target_numbers``) are pinned if it
+        cannot be repeated, writes to several tensors, or writes through a view whose size, stride and offset
+        do not fully describe it. ``write_targets``: all tensors that it writes to."""
         for tensor in write_targets:
             readers = self._readers[storage_key(tensor)]
             self.pinned |= readers - {self.number(tensor)}

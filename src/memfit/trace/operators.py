@@ -455,7 +455,8 @@ def _sparse_bag_backward(
     grad: Any, indices: Any, offsets: Any, bag_of: Any, sizes: Any, most: Any, rows: int, *rest: Any
 ) -> Any:
     """Return the sparse gradient of an embedding bag's weights, made by the same calls as in torch's
-    ``_embedding_bag_sparse_backward`` (aten/src/ATen/native/EmbeddingBag.cpp)."""
+    ``_embedding_bag_sparse_backward`` (aten/src/ATen/native/EmbeddingBag.cpp). The arguments are those of
+    ``_embedding_bag_backward``."""
     scales_by_count, mode, _, sample_weights, padding = (*rest, -1)[:5]
     if bag_of.numel() != indices.numel():
         bag_of = torch.zeros_like(indices).cumsum(0)
@@ -478,7 +479,8 @@ def _encoder_layer(
     *rest: Any,
 ) -> Any:
     """Return the output of a transformer's encoder layer in evaluation, made by the same calls as in torch's
-    ``transformer_encoder_layer_forward`` on the CPU (aten/src/ATen/native/transformers/transformer.cpp)."""
+    ``transformer_encoder_layer_forward`` on the CPU (aten/src/ATen/native/transformers/transformer.cpp). The
+    arguments are those of the operator ``_transformer_encoder_layer_fwd``."""
     use_gelu, norm_first, eps = rest[:3]
     norms, weights, masks = (rest[3:5], rest[5:7]), (rest[7:9], rest[9:11]), (*rest[11:], None)
 

@@ -113,7 +113,9 @@ def _step_by_step(
 ) -> tuple[torch.Tensor, ...]:
     """Return (the output, *the last states) of a network, cell by cell. ``run``: `_run_steps` or
     `_run_packed`, which runs one direction of a layer. ``layer_input``: (steps, batch, features), or (samples
-    of all steps, features). ``states``: one or two tensors (layers x directions, batch, hidden size)."""
+    of all steps, features). ``states``: the initial ones, one or two tensors (layers x directions, batch,
+    hidden size). ``weights``: those of all layers and directions, one after the other. ``dropout``: its rate
+    between layers."""
     directions = 2 if bidirectional else 1
     count = len(weights) // (layers * directions)
     first = list(zip(*(state.unbind(0) for state in states), strict=True))
@@ -141,7 +143,9 @@ def _run_steps(
     weights: Sequence[torch.Tensor],
     is_reversed: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Return the outputs (steps, batch, hidden size) and the last states of one direction of a layer."""
+    """Return the outputs (steps, batch, hidden size) and the last states of one direction of a layer.
+    ``hidden``: the initial states. ``is_reversed``: whether it runs from the last step to the first.
+    ``name``, ``has_biases`` and ``weights``: as in `_cell`."""
     outputs = []
     for step in reversed(steps) if is_reversed else steps:
         hidden = _cell(name, step, hidden, weights, has_biases)
@@ -160,7 +164,8 @@ def _run_packed(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return the outputs (samples of all steps, hidden size) and the last states of one direction of a layer
     on packed sequences. ``data`` (samples of all steps, features) has, step after step, one row for each
-    sequence that has this step. ``batch_sizes``: their number in each step. ``first``: the initial states."""
+    sequence that has this step. ``batch_sizes``: their number in each step. ``first``: the initial states.
+    The other arguments are as in `_run_steps`."""
     sizes = batch_sizes.tolist()
     starts = [0, *itertools.accumulate(sizes[:-1])]
     order = list(zip(starts, sizes, strict=True))[:: -1 if is_reversed else 1]
@@ -243,8 +248,9 @@ def _one_kernel(
     weights: Sequence[torch.Tensor],
     note: Callable[[str], None],
 ) -> tuple[torch.Tensor, ...]:
-    """Return (the output, *the last states) of a network that runs as one kernel. ``steps``: (steps, batch,
-    features), or (samples of all steps, features). Autocast casts all tensors but float64 ones. If ``train``,
+    """Return (the output, *the last states) of a network that runs as one kernel. ``name``: a key of `_KEPT`.
+    ``steps``: (steps, batch, features), or (samples of all steps, features). ``states``, ``weights`` and
+    ``dropout``: as in `_step_by_step`. Autocast casts all tensors but float64 ones. If ``train``,
     `_kept_bytes` are kept for backward, and ``note`` is called with `UNKNOWN_BUFFER`."""
     tensors = [steps, *states, *weights]
     if torch.is_autocast_enabled(HOST):
@@ -265,7 +271,8 @@ def _kept_bytes(
 ) -> int:
     """Return the bytes that a network keeps for backward besides its arguments and its output, at least: for
     each layer and direction `_KEPT` and, of an LSTM with projections, what is projected; the outputs of all
-    layers but the last, and one byte for each of their elements if there is dropout between layers."""
+    layers but the last, and one byte for each of their elements if there is dropout between layers. The
+    arguments are as in `_one_kernel`."""
     networks, out, units = states[0].shape[0], states[0].shape[-1], states[-1].shape[-1]
     per_row = networks * units * (_KEPT[name] + (out != units)) * steps.element_size()
     inner = networks // layers * (layers - 1) * out * (steps.element_size() + bool(dropout))

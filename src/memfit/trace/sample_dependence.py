@@ -534,7 +534,8 @@ class _Trial:
         )
 
     def _anew(self, part: Any, first_sample: int = 0) -> _Gradients:
-        """Build the model anew and return its loss and gradients on ``part``."""
+        """Build the model anew and return its loss and gradients on ``part``, whose first sample has the
+        number ``first_sample`` in the whole batch."""
         self.model = _model_in_float64(self.job)
         self.state = _state_of(self.model)
         return self._gradients(part, first_sample=first_sample)
@@ -606,7 +607,8 @@ class _Trial:
         """Return None if the loss and gradients of the whole batch equal, up to rounding, the sum of those of
         its ``parts``, each weighted by its share of the loss terms (`Job.loss_terms`, or the number of
         samples). Otherwise return the result: "dependent" with the cause, or "not tested" if rounding or
-        random numbers may explain the difference. Raises what `_total` raises."""
+        random numbers may explain the difference. ``setting``: as in `_compare_halves`. Raises what `_total`
+        raises."""
         terms = [self._terms(p) for p in parts]
         distance = batch_gradients.distance(self._total(parts, part_gradients))
         if distance <= _ROUNDING_RATIO:

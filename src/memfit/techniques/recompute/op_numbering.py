@@ -112,7 +112,8 @@ class StorageNumbering(TorchDispatchMode):
     def after(self, func: Any, args: Any, kwargs: Any, new_storages: NewStorages, state: Any) -> None:
         """Called after each operator. Subclasses define it. ``new_storages`` holds the storages that the
         operator made, as (index among the tensors that it returned, tensor). They are numbered from ``count``
-        on. It is not called for operators that only make views unless ``sees_views`` is set."""
+        on. ``state``: what `before` returned. It is not called for operators that only make views unless
+        ``sees_views`` is set."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
