@@ -72,6 +72,8 @@ def test_changed_lines_are_the_non_blank_lines_of_the_users_job_file(store: Stor
     path = tmp_path / "own.py"
     path.write_text("import torch\n\n   \njob = 1\n")
     assert effort(JobRef(spec=f"{path}:job"), Plan(), (), store).changed_lines == 2
+    path.write_bytes(b"# coding: latin-1\nname = '\xe9'\n")
+    assert effort(JobRef(spec=f"{path}:job"), Plan(), (), store).changed_lines == 2
     assert effort(JobRef(spec=f"{tmp_path}/none.py:job"), Plan(), (), store).changed_lines == 0
 
 

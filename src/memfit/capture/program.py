@@ -161,7 +161,8 @@ def _is_count(text: str) -> bool:
 
 
 def _of_training_script(args: argparse.Namespace) -> Program:
-    """Return the program that torchrun's arguments name; those of ``accelerate launch`` are alike."""
+    """Return the program that torchrun's arguments name; those of ``accelerate launch`` are alike. Raises
+    UserError if the script does not exist."""
     if args.module:
         return _of_module([args.training_script, *args.training_script_args])
     return _of_script(args.training_script, args.training_script_args)

@@ -84,7 +84,7 @@ def _torchrun(handover: Handover) -> Iterator[str]:
 def _accelerate(handover: Handover) -> Iterator[str]:
     """Yield the lines of the command ``accelerate launch``. accelerate.yaml describes one machine; the
     numbers of machines and processes and the first node's address are on the command line, which takes
-    precedence."""
+    precedence. Raises UserError as `program` does."""
     yield '"$PYTHON" -m accelerate.commands.launch --config_file accelerate.yaml'
     yield f"--num_machines {handover.nodes} --num_processes {handover.plan.ranks}"
     if handover.nodes > 1:

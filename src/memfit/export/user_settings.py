@@ -186,7 +186,8 @@ Target = Callable[[Handover], Files]
 def with_engine_settings(handover: Handover) -> Handover:
     """Return ``handover`` with the user's settings, if it has ``user_files``, merged into the engine's
     configuration files, and with ``kept`` set to the result. If a script of the user trains, the engine's
-    files are first replaced by those that `script_files` returns."""
+    files are first replaced by those that `script_files` returns. Raises UserError as `keep_settings`
+    does."""
     config = handover.config
     if handover.script:
         config = dataclasses.replace(config, files=script_files(config))
@@ -207,7 +208,7 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
     """Return ``handover``, which must have ``user_files``, with a new ``kept``. Its ``files`` are all files
     of the export, with the user's settings merged into those that the target itself has, such as
     training_args.json; its other fields also contain those of the former ``kept``. ``target``: the function
-    that renders all files of the export."""
+    that renders all files of the export. Raises UserError as ``target`` and `keep_settings` do."""
     assert handover.user_files is not None
 
     def rendered(spec: RunSpec) -> Files:
@@ -236,7 +237,8 @@ def _merge_settings(
 
     If the user's files set gradient clipping, it stays as it is. If only the job sets it, it is written. If
     neither does, nothing is written, so that the library's default applies. In a file of which the user has
-    none, and for memfit's worker, ``spec.clip`` is always written.
+    none, and for memfit's worker, ``spec.clip`` is always written. Raises UserError as ``rendered`` and
+    `keep_settings` do.
     """
     clip = None if user_files.clipping.explicit else user_files.job_clip
     new_files = rendered(dataclasses.replace(spec, clip=spec.clip if user_files.for_worker else clip))

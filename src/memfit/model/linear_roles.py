@@ -258,7 +258,8 @@ def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> lis
 @contextlib.contextmanager
 def without_values(job: Any, model: nn.Module, parts: int = 1) -> Iterator[tuple[nn.Module, Any]]:
     """Yield (a copy of the model, the first of ``parts`` equal parts of the job's first batch), both without
-    values, for a forward pass without gradients. Modes that are active outside see nothing of it."""
+    values, for a forward pass without gradients. Modes that are active outside see nothing of it. Raises
+    UserError as `split` does, and errors of the job's make_batch."""
     with (
         grouped_products(),
         _disable_current_modes(),

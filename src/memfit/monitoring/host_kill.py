@@ -41,7 +41,7 @@ class HostKill:
     that memory ran out), "shared-memory" or "sigkill" (the log does not say why). ``row`` and ``text``: index
     and text of the line in the log. ``process``: its name, "" if unknown. ``resident_bytes``: resident memory
     of the process when the kernel killed it. ``in_group``: whether the kernel killed it because its control
-    group was full. ``limit_bytes``: limit of that group.
+    group was full. ``limit_bytes``: limit of that group. Both figures are None if the log has none.
     """
 
     kind: str

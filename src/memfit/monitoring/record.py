@@ -38,9 +38,9 @@ class WatchStart:
 
     ``host``: name of its machine. ``time_s``: seconds since 1970. ``device``: torch's name, such as "cuda:0",
     and ``device_name`` its product name, "" for a processor. ``total_bytes``: memory of the device or, for a
-    processor, of the machine or its control group. ``memory_source``: what counts allocated bytes, such as
-    "torch's allocator of cuda"; "" if nothing does. ``energy_boundary``: what the joules include, such as
-    "board (NVML)"; "" without a meter. ``environment``: versions and settings
+    processor, of the machine or its control group; None if unknown. ``memory_source``: what counts allocated
+    bytes, such as "torch's allocator of cuda"; "" if nothing does. ``energy_boundary``: what the joules
+    include, such as "board (NVML)"; "" without a meter. ``environment``: versions and settings
     (`memfit.store.environment.fingerprint`). ``prediction``: "allocated_bytes", "reserved_bytes",
     "device_bytes" and "host_bytes", those that were predicted. ``limits``: the thresholds of the alarms, name
     -> number.

@@ -31,7 +31,8 @@ class RankSummary:
     ``latest``: the latest value of fields of WatchStep, ``peaks``: the highest; what was never measured is
     left out. ``step_s``: median over the last 50 recorded steps. ``energy_j``: joules per step, inside
     ``energy_boundary``. ``state``: "ended", "failed", "killed" (if memfit ran the command and it has ended)
-    or "running" (or killed, which the file cannot tell).
+    or "running" (or killed, which the file cannot tell). Numbers are None if they were not measured. If the
+    line ``start`` is missing, what it says is None or "".
     """
 
     rank: int

@@ -273,7 +273,8 @@ def builds_on_host(plan: Plan, device: str) -> bool:
 def moves_parameters(plan: Plan, device: str) -> bool:
     """Return whether the model is built in host memory (`builds_on_host`) and its parameters then move to the
     accelerator. False if ZeRO 1, 2 or 3 or fsdp2 makes shards or a flat copy of the parameters there instead,
-    also together with other techniques for which the model is built in host memory."""
+    also together with other techniques for which the model is built in host memory. Raises UserError as
+    `builds_on_host` does."""
     return builds_on_host(plan, device) and not _shards(plan)
 
 

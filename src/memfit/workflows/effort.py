@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from memfit.files.read import read_text
 from memfit.store.database import Store
 from memfit.techniques.registry import technique
 from memfit.types.job import JobRef
@@ -47,11 +46,14 @@ def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort
 
 def _job_lines(ref: JobRef) -> int:
     """Return the number of non-blank lines of the user's job file; 0 if the job is not in a Python file, as a
-    built-in or Hugging Face job, or the file does not exist."""
+    built-in or Hugging Face job, or the file cannot be read."""
     path = Path(ref.spec.rpartition(":")[0])
-    if path.suffix != ".py" or not path.is_file():
+    if path.suffix != ".py":
         return 0
-    return sum(bool(line.strip()) for line in read_text(path).splitlines())
+    try:
+        return sum(bool(line.strip()) for line in path.read_bytes().splitlines())
+    except OSError:
+        return 0
 
 
 def _closure(roots: Sequence[str]) -> set[str]:

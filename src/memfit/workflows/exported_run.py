@@ -60,8 +60,8 @@ def read_exported_run(folder: Path) -> RunRecord:
     prediction, and the environment of the machines that trained is unknown. The record's time is that of the
     last start.
 
-    Raises UserError if ``folder`` is no such folder, if nothing was started from it, and if the output of a
-    rank is missing, as on machines that do not share the folder."""
+    Raises UserError if ``folder`` is no such folder, if nothing was started from it, if the output of a rank
+    is missing, as on machines that do not share the folder, and if run.json or a result is damaged."""
     if not (folder / RUN_FILE).is_file():
         raise UserError(
             f"{folder} has no {RUN_FILE}, so memfit has recorded no training in this folder",

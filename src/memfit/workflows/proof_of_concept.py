@@ -251,7 +251,7 @@ def stored_gates(store: Store, poc_id: str) -> rollout_gates.Gates:
 
 def offers_of(store: Store, poc_id: str) -> list[Offer]:
     """Return the predictions for other machines that were stored with this PoC after it was made, oldest
-    first. Empty if there are none."""
+    first. Empty if there are none. Raises UserError if what is stored is wrong."""
     return [
         serialization.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, OFFER)
     ]

@@ -138,9 +138,8 @@ class TrialState(enum.StrEnum):
 class TrialResult:
     """The state of a trial and what is known of it. ``reason``: why it is not DONE, or the reason of its run;
     "" if there is none. ``run``: None until it has reported one. ``before``: whether its result is from
-    another sweep.
-    ``device``: the name of the GPU or processor. ``run_s``: seconds in this sweep over all ``starts``; a
-    scheduler may start a trial again."""
+    another sweep. ``device``: the name of the GPU or processor. ``run_s``: seconds in this sweep over all
+    ``starts``; a scheduler may start a trial again."""
 
     trial: SweepTrial
     state: TrialState
@@ -315,8 +314,9 @@ class _Running:
 
 
 class Sweep:
-    """Trials, and the state of each. In its ``with`` block, `run` runs those that have no result yet; at
-    the end of the block, whatever ends it, no process, job or folder of the sweep is left."""
+    """Trials, and the state of each. In its ``with`` block, `run` runs those that have no result yet; at the
+    end of the block, whatever ends it, no process, job or folder of the sweep is left. To enter it raises
+    UserError if an executor cannot be used here, or if the store or its folder cannot be written."""
 
     def __init__(self, trials: Sequence[SweepTrial], settings: RunSettings, store: Store) -> None:
         self._trials, self._settings, self._store = trials, settings, store
@@ -385,8 +385,8 @@ class Sweep:
     def run(self, budget: Budget, show: Callable[[Sweep], None] = lambda sweep: None) -> None:
         """Run the trials that have no result yet, and store the record of each as soon as it ends. Trials
         that another sweep with the same store runs are waited for, and run here if they end without a result.
-        ``show`` is called often. When the budget is used up, running trials are ended and no more are
-        begun."""
+        ``show`` is called often. When the budget is used up, running trials are ended and no more are begun.
+        Raises UserError if a scheduler refuses trials, or if the store cannot be used."""
         waiting = deque(trial for trial in self.left if trial.trial_id not in self._running)
         while waiting or self._running:
             runs_elsewhere = self._submit(waiting, budget)

@@ -263,7 +263,7 @@ def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
     """Copy the weights of ``source`` to ``target``. ``rank`` is this process's rank within its
     tensor-parallel group: of a sharded parameter its slice is copied, and other parameters are copied whole.
     Rows that pad the vocabulary become zero. Then replace the parameters of ``source`` by empty tensors to
-    free their memory."""
+    free their memory. Raises UserError as `read` does."""
     shape = read(source)
     target_params = dict(target.core.named_parameters())
     for name, full_tensor in _whole(source, shape):

@@ -97,8 +97,9 @@ class Energy(Part):
 class Side(Part):
     """One plan and its runs. ``effect``: effect class of the plan. ``under_cap``: "ok" if every run under the
     memory cap succeeded, else the first other outcome, "" without such runs. ``measured_peak_bytes``: largest
-    peak of a finished run. ``step_s``: median over the finished runs of the median step time of each.
-    ``metric_by_seed``: value of the job's metric after training with each seed, as far as it is known."""
+    peak of a finished run. ``step_s``: median over the finished runs of the median step time of each. Both
+    are null without finished runs. ``metric_by_seed``: value of the job's metric after training with each
+    seed, as far as it is known."""
 
     plan: Mapping[str, Mapping[str, bool | int | str]]
     ranks: Whole

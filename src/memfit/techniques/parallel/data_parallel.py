@@ -209,7 +209,8 @@ def _blocks(bench: Workbench) -> list[Any]:
 def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any, bool]]:
     """Return (group, whether its gathered parameters are freed after forward) for each group of modules whose
     parameters FSDP2 gathers together, as the settings ``units`` and ``reshard`` say. A group is a module or a
-    list of modules. The last one is the model, for all parameters that are in no other group."""
+    list of modules. The last one is the model, for all parameters that are in no other group. Raises
+    UserError as `_blocks` does."""
     blocks = _blocks(bench)
     modules_before, modules_after = _modules_around_blocks(bench, blocks)
     modules: list[Any] = list(blocks)
