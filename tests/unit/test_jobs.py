@@ -509,6 +509,11 @@ def test_hugging_face_configurations_that_cannot_be_used_are_refused(tmp_path: P
     assert "unknown size" in refusal("hf:gpt2", size="8M")
     assert "vocab_size=1e3 is refused by" in refusal("hf:gpt2?vocab_size=1e3")
     assert "use_return_dict=1 is refused by" in refusal("hf:gpt2?use_return_dict=1")
+    assert "has the setting vocab_size 0" in refusal("hf:gpt2?vocab_size=0")
+    assert "has the setting image_size [224]" in refusal("hf:vit?image_size=[224]")
+    assert "transformers cannot build" in refusal("hf:gpt2?n_head=5", length=1024)
+    with pytest.raises(UserError, match="transformers cannot build .* negative dimension"):
+        load("hf:gpt2?n_positions=-4").build_model()
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": "many"}')
     assert "config.json cannot be loaded" in refusal(f"hf:{tmp_path}")
 

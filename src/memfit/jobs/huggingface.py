@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from memfit.catalog.published_models import PublishedModel, cached_folder, find_published, similar_names
 from memfit.files.read import parse_json, read_json
-from memfit.jobs.huggingface_tasks import IMAGES, SEQ2SEQ, SPEECH, auto_model, random_batch, task_of
+from memfit.jobs.huggingface_tasks import (
+    IMAGES,
+    SEQ2SEQ,
+    SPEECH,
+    auto_model,
+    must_make_batches,
+    random_batch,
+    task_of,
+)
 from memfit.types.errors import UserError, first_line, suggest
 from memfit.types.job import Dimension, Job, OptimizerChoice
 
@@ -64,8 +72,9 @@ def make(
 
     Raises UserError as `read_config` and `task_of` do, and for any ``data``, an unknown dimension, a
     dimension "hidden" that is no multiple of the number of attention heads, a length or target for which the
-    model has no positions or that is above MOST_TOKENS (16,777,216), and a length of images. Unusable
-    ``weights`` raise it when the model is built.
+    model has no positions or that is above MOST_TOKENS (16,777,216), a length of images, and settings of
+    which no batch can be made (`must_make_batches`). Unusable ``weights``, and settings of which transformers
+    cannot build a model, raise it when the model is built, at the latest.
     """
     if data is not None:
         raise UserError(
@@ -79,6 +88,7 @@ def make(
     settable = dict(dimensions or {})
     target = settable.pop("target", None) if task == SEQ2SEQ else None
     _set_dimensions(config, settable, task, name)
+    must_make_batches(config, task, PREFIX + name)
     if task == IMAGES:
         if length is not None:
             raise UserError(
@@ -176,7 +186,7 @@ def _length(config: Any, task: str, requested_length: int | None, size: str, nam
     has fewer.
 
     Rotary and relative positions do not limit a requested length. Raises UserError if more tokens are
-    requested than the table has positions, or more than MOST_TOKENS.
+    requested than the table has positions, or more than MOST_TOKENS, and as `_positions` does.
     """
     config_length = _longest(config)
     length = requested_length or min(
@@ -203,11 +213,11 @@ def _positions(config: Any, task: str, longest: int) -> int | None:
     """Return how many positions the smallest of the model's tables of positions has for tokens; None if it
     has no table. To see this, the model is built on the meta device. Rows before the first position, which
     some models reserve, do not count. ``longest``: the number of tokens that the configuration states; a
-    table has 0 to 4 rows more than this."""
+    table has 0 to 4 rows more than this. Raises UserError if transformers cannot build the model."""
     import torch
 
     with torch.device("meta"):
-        model = auto_model(task).from_config(config)
+        model = _untrained(config, task)
     sizes = range(longest, longest + _RESERVED_POSITIONS + 1)
     row_counts = []
     for module in model.modules():
@@ -355,17 +365,24 @@ def _from_folder(folder: Path) -> Any:
         ) from error
 
 
-def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:
-    from memfit.jobs.weights import load_weights
-
+def _untrained(config: Any, task: str) -> torch.nn.Module:
     try:
         model: torch.nn.Module = auto_model(task).from_config(config)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "negative dimension" not in str(error):
+            raise  # such as memory that ran out
         raise UserError(
             f"transformers cannot build a model with these settings of {type(config).__name__}: "
             f"{type(error).__name__}: {first_line(error)[:200]}",
             hint="correct config.json, or the settings after the ? of hf:NAME?SETTING=VALUE",
         ) from error
+    return model
+
+
+def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:
+    from memfit.jobs.weights import load_weights
+
+    model = _untrained(config, task)
     if weights:
         load_weights(model, weights, may_miss=("classifier", "score") if task == "classification" else ())
     return model

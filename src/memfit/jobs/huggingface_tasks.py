@@ -38,7 +38,8 @@ _AUTO_MODELS: Final = {
 # What a configuration must state for a batch of the task.
 _NEEDS: Final = {
     SPEECH: ("vocab_size", "num_mel_bins", "max_source_positions"),
-    IMAGES: ("image_size", "num_channels"),
+    CLASSES: ("vocab_size", "num_labels"),
+    IMAGES: ("image_size", "num_channels", "num_labels"),
 }
 
 
@@ -71,8 +72,25 @@ def task_of(config: Any, name: str) -> str:
     )
 
 
+def _needs(task: str) -> tuple[str, ...]:
+    return _NEEDS.get(task, ("vocab_size",))
+
+
 def _states_needs(config: Any, task: str) -> bool:
-    return all(hasattr(config, setting) for setting in _NEEDS.get(task, ("vocab_size",)))
+    return all(hasattr(config, setting) for setting in _needs(task))
+
+
+def must_make_batches(config: Any, task: str, name: str) -> None:
+    """Raise UserError if a setting that batches of ``task`` need, such as vocab_size, is not a whole number
+    of at least 1; for image_size, two of them are allowed, too. ``name``: of the model, for the message."""
+    for setting in _needs(task):
+        value = getattr(config, setting)
+        is_pair = setting == "image_size" and isinstance(value, list | tuple) and len(value) == 2
+        if any(not isinstance(number, int) or number < 1 for number in (value if is_pair else [value])):
+            raise UserError(
+                f"{name} has the setting {setting} {value!r}, with which no batch can be made",
+                allowed="a whole number of at least 1" + (", or two" if setting == "image_size" else ""),
+            )
 
 
 def auto_model(task: str) -> Any:

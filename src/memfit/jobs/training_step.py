@@ -181,14 +181,14 @@ class TrainingStep:
         self.update()
 
     def local(self, batch: Any) -> tuple[Any, float]:
-        """Return (this rank's part of ``batch``; the mean number of loss terms of a part). If this rank's
-        part has no terms, return (another rank's part that has; infinity), so that its loss does not count.
-        ``batch``: the whole batch of a step, the same on all ranks.
+        """Return (this rank's part of ``batch``; the mean number of loss terms of a part). ``batch``: the
+        whole batch of a step, the same on all ranks.
 
-        Data-parallel ranks get consecutive samples, as `split` cuts them, copied into new tensors; without
-        data parallelism the part is ``batch`` itself. If the plan cuts samples along their sequence, the part
-        is the rank's slice of its samples. The part is copied to the step's device. Raises UserError if
-        ``batch`` has fewer samples than there are data-parallel ranks.
+        Data-parallel ranks get consecutive samples, as `split` cuts them, copied into new tensors. If those
+        of this rank have no loss terms, return (another rank's part that has; infinity), so that its loss
+        does not count. Without data parallelism the part is ``batch`` itself. If the plan cuts samples along
+        their sequence, the part is the rank's slice of its samples. The part is copied to the step's device.
+        Raises UserError if ``batch`` has fewer samples than there are data-parallel ranks.
         """
         world, cut_sample = self.bench.world, self.bench.slices
         if cut_sample is not None:
