@@ -512,7 +512,7 @@ def test_hugging_face_configurations_that_cannot_be_used_are_refused(tmp_path: P
     assert "has the setting vocab_size 0" in refusal("hf:gpt2?vocab_size=0")
     assert "has the setting image_size [224]" in refusal("hf:vit?image_size=[224]")
     assert "transformers cannot build" in refusal("hf:gpt2?n_head=5", length=1024)
-    with pytest.raises(UserError, match="transformers cannot build .* negative dimension"):
+    with pytest.raises(UserError, match=r"transformers cannot build .* negative dimension"):
         load("hf:gpt2?n_positions=-4").build_model()
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": "many"}')
     assert "config.json cannot be loaded" in refusal(f"hf:{tmp_path}")
