@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -61,6 +62,15 @@ def test_a_call_whose_copy_dies_is_made_in_the_original_process() -> None:
     results: dict[int, int] = {}
     assert run_parallel(calls, results=results) == list(range(5))
     assert results == {n: n for n in range(5)}
+
+
+def test_a_call_whose_result_cannot_be_sent_is_made_in_the_original_process(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    lock, number = run_parallel([threading.Lock, lambda: 2])
+    assert lock.acquire()  # type: ignore[attr-defined]
+    assert number == 2
+    assert capfd.readouterr().err == ""
 
 
 class RefusedValue(Exception):

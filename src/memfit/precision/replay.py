@@ -296,8 +296,8 @@ class ReplayErrors:
 
 
 def compare(exact: ReplayedModule, replay: ReplayedModule) -> ReplayErrors:
-    """Return the errors of the replay ``replay`` relative to the replay ``exact``, of the same call, which
-    must not have failed. Outputs that ``exact`` did not compute but passed through (``passed``) are not
+    """Return the errors of the replay ``replay`` relative to ``exact``, a replay of the same call that has
+    not failed. Outputs that ``exact`` did not compute but passed through (``passed``) are not
     compared. The error of a gradient is relative to its own root mean square, or to a quarter of that of the
     largest gradient if that is more; the worst 1 % of its elements is left out. If ``replay`` failed, the
     result has its ``failed``, an output that is lost, errors of 0 and no operators."""

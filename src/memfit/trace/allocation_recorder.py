@@ -253,8 +253,9 @@ class AllocationRecorder(TorchDispatchMode):
         ]
 
     def repeat_life(self, life: Life, count: int) -> Life:
-        """Record what ``life`` records ``count`` more times, as made now in the present step, and return the
-        common record. It has no end until `adopt` gives it a tensor's storage, with which it ends."""
+        """Record ``count`` more copies of the storage (or storages) of ``life``, as made now in the present
+        step, and return their common record. It has no end until `adopt` gives it a tensor's storage, with
+        which it ends."""
         repeated = dataclasses.replace(
             life, start=self.clock, end=None, step=self.step, pieces=count * life.pieces
         )

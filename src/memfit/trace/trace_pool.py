@@ -56,8 +56,8 @@ class ForkedWorkers:
 
     def add(self) -> Connection:
         """Fork a worker and return its connection. The worker takes messages (see `message`) and answers each
-        by (True, the result of the call) or (False, its exception). If an exception cannot be sent
-        faithfully (`_has_faithful_copy`), the worker ends without an answer."""
+        by (True, the result of the call) or (False, its exception). If a result cannot be pickled, or an
+        exception not faithfully (`_has_faithful_copy`), the worker ends without an answer."""
         context = multiprocessing.get_context("fork")
         parent_end, child_end = context.Pipe()
         inherited = [parent_end, *self.processes]
@@ -155,9 +155,9 @@ def run_parallel(
     that what torch loads and caches for the first serves the others. Every second process takes calls from
     the end of the list, so put calls with the least in common first and last.
 
-    If a forked process is killed, or if no faithful copy of its exception can be sent here, its call runs in
-    this process. If autograd refuses to run in a forked process, all calls run in this process, and so do
-    those of later calls of this function.
+    If a forked process is killed, or if its result or a faithful copy of its exception cannot be sent here,
+    its call runs in this process. If autograd refuses to run in a forked process, all calls run in this
+    process, and so do those of later calls of this function.
     """
     results = {} if results is None else results
     deadline = deadline or Deadline()
@@ -290,7 +290,10 @@ def _answer(
         outcome = _outcome(call)
         if not outcome[0] and not _has_faithful_copy(outcome[1]):
             return  # the original process makes this call again
-        channel.send(outcome)
+        try:
+            channel.send(outcome)
+        except (pickle.PicklingError, AttributeError, TypeError):  # a result that cannot be pickled
+            return
         del outcome, call
         gc.collect()
         gc.freeze()  # what is still alive, such as cached results, is not looked through again
