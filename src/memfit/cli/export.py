@@ -115,9 +115,10 @@ class ExportOptions:
             help="Folder for the checkpoints of memfit's worker, which the written files start unless "
             "--script is given: one at the end and, with --save-every, earlier ones. All nodes must share "
             "the folder. A relative path starts at the folder of the written files, where they are started. "
-            "A restart, and a later start, continues from the newest checkpoint. --to k8s needs an absolute "
-            "path and --claim. Not with --script, and not with --to trainer, torchtitan or openfold. "
-            "Default: no checkpoints.",
+            "A restart, and a later start, continues from the newest checkpoint. Jobs, plans and engines "
+            "that `memfit run --save` refuses are refused when they start. --to k8s needs an absolute path "
+            "and --claim. Not with --script, and not with --to trainer, torchtitan or openfold. Default: no "
+            "checkpoints.",
         ),
     ] = ""
     save_every: Annotated[

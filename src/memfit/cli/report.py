@@ -52,10 +52,10 @@ class ReportOptions:
         typer.Option(
             metavar="FILE.jsonl",
             help="Record of a training that `memfit watch` or memfit.watch wrote, the file of rank 0; those "
-            "of other ranks beside it are read as well. It becomes memory against its prediction, free "
-            "memory, step time, loss and alarms, per step and rank. With --poc: a chapter of the report of "
-            "that proof of concept. Without: a page of its own, by default FILE.LANG.html in the current "
-            "folder. Example: memfit report --watch run.jsonl.",
+            "of other ranks beside it are read as well. The report shows memory against its prediction, "
+            "free memory, step time, loss and alarms, per step and rank. With --poc: as a chapter of the "
+            "report of that proof of concept. Without: as a page of its own, by default FILE.LANG.html in "
+            "the current folder. Example: memfit report --watch run.jsonl.",
         ),
     ] = None
 

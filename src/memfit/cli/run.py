@@ -142,12 +142,12 @@ class RunOptions:
         str,
         typer.Option(
             metavar="TIME",
-            help="With --save: time for SIGTERM. On SIGTERM, the run saves at the end of the step, or with "
-            "several processes of the step after it, and ends with exit code 75, or with 143 if there is no "
-            "checkpoint. Processes that have not ended this long after the signal, or at a second SIGTERM, "
-            "are killed; before the first step, all are killed at once. Give a little less than your "
-            "scheduler allows before it kills. On SIGUSR1, the run saves and goes on. Default: 25s. Ignored "
-            "without --save.",
+            help="With --save: longest time that the run may take to end after SIGTERM. It then saves at "
+            "the end of the step, or with several processes of the step after it, and ends with exit code "
+            "75, or with 143 if there is no checkpoint. Processes that have not ended in this time, or at a "
+            "second SIGTERM, are killed; before the first step, all are killed at once. Give a little less "
+            "than your scheduler allows before it kills. On SIGUSR1, the run saves and goes on. Default: "
+            "25s. Ignored without --save.",
         ),
     ] = "25s"
     stall_limit: Annotated[
