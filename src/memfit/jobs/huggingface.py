@@ -186,7 +186,8 @@ def _length(config: Any, task: str, requested_length: int | None, size: str, nam
     has fewer.
 
     Rotary and relative positions do not limit a requested length. Raises UserError if more tokens are
-    requested than the table has positions, or more than MOST_TOKENS, and as `_positions` does.
+    requested than the table has positions, or more than MOST_TOKENS, and as `_positions` does. ``name``: of
+    the model, for the message.
     """
     config_length = _longest(config)
     length = requested_length or min(

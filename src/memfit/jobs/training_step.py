@@ -447,8 +447,8 @@ def global_norm(
     own: Sequence[torch.Tensor] = (),
     device: str = HOST,
 ) -> torch.Tensor:
-    """Return the L2 norm of the gradients of all ranks, a float32 scalar. All ranks must call it, since they
-    communicate.
+    """Return the L2 norm of the gradients of all ranks of ``world``, a float32 scalar. All ranks must call
+    it, since they communicate.
 
     ``grads``: this rank's gradients. The squares of its shards are summed over the ranks among which each
     gradient is sharded, and over pipeline stages, which hold different parameters. ``own``: gradients of

@@ -138,8 +138,8 @@ class CountingAllocator:
         self._library.memfit_release(cap_bytes)
 
     def watch_data(self, on: bool) -> None:
-        """Start or stop recording the process's highest data segment, read after large allocations (64 KiB or
-        more). Starting forgets the earlier highest. Nothing is recorded outside Linux."""
+        """Start (``on``) or stop recording the process's highest data segment, read after large allocations
+        (64 KiB or more). Starting forgets the earlier highest. Nothing is recorded outside Linux."""
         self._library.memfit_watch_data(int(on))
 
     def data_peak_bytes(self) -> int:

@@ -109,7 +109,8 @@ def workspaces(
 ) -> Iterator[tuple[str, CallMemory | None]]:
     """Run each signature's operator once on the processor, in order, as the results are asked for. End when
     ``timing_s`` seconds have passed, without the remaining operators. Yield (signature, bytes that its
-    operator takes), with None instead of the bytes if the operator cannot run alone."""
+    operator takes, as ``counter`` counts them), with None instead of the bytes if the operator cannot run
+    alone."""
     start = time.perf_counter()
     for signature in signatures:
         if time.perf_counter() - start > timing_s:
@@ -171,8 +172,8 @@ def measure_call(
     signature: str, counter: PeakCounter, device: torch.device = _HOST
 ) -> tuple[Callable[[], Any], CallMemory]:
     """Run the signature's operator once on ``device``. Return a function that repeats the call with the same
-    made-up arguments, and the bytes that the call took. Raises one of the errors `CANNOT_RUN`, such as
-    RuntimeError, if the operator cannot run alone."""
+    made-up arguments, and the bytes that the call took, as ``counter`` counts them. Raises one of the errors
+    `CANNOT_RUN`, such as RuntimeError, if the operator cannot run alone."""
     if device != _HOST:  # the first product takes a workspace that stays
         torch.mm(*(torch.ones(2, 2, device=device) for _ in range(2)))
     call, args, kwargs = prepare_call(signature, device)

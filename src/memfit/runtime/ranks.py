@@ -31,9 +31,9 @@ def run_ranks(
     on_event: OnEvent = lambda rank, event: None,
     interruption: Interruption = NO_INTERRUPTION,
 ) -> tuple[Measurement, ...]:
-    """Run all ranks of the plan, one child process each, and return their measurements, in the order of the
-    ranks. ``on_event(rank, event)`` is called with every event of a rank, from one thread per rank, and with
-    ``(rank, {"event": "stalled", ...})`` if no rank makes progress (`StallWatch`).
+    """Run all ranks of the plan in ``config.spec``, one child process each, and return their measurements, in
+    the order of the ranks. ``on_event(rank, event)`` is called with every event of a rank, from one thread
+    per rank, and with ``(rank, {"event": "stalled", ...})`` if no rank makes progress (`StallWatch`).
 
     If a rank ends with another outcome than OK or interrupted, the other ranks wait in a collective. They end
     if the backend notices the closed connection, as gloo does. Those that have not ended `GRACE_S` (10)

@@ -137,8 +137,9 @@ def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: 
 
 
 def metric(text: Corpus, length: int) -> Metric:
-    """Return the metric, bits per held-out byte; lower is better. Its naive result predicts every byte with
-    its frequency in the training text, with one added to each of the 256 counts."""
+    """Return the metric, bits per held-out byte, for windows of ``length`` bytes; lower is better. Its naive
+    result predicts every byte with its frequency in the training text, with one added to each of the 256
+    counts."""
     counts = np.bincount(text.train, minlength=256) + 1
     bits = -np.log2(counts / counts.sum())
     targets = _windows(text.test, _test_starts(text.test, length), length)["next"]

@@ -163,9 +163,9 @@ def _test_starts(bases: Array, shape: HyenaSize) -> Array:
 
 
 def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_size: int) -> float:
-    """Return the mean cross-entropy of the next base, in bits, over windows spread evenly over ``bases``, the
-    held-out part, with at most about 65,536 bases in all (`_test_starts`). At most ``batch_size`` windows,
-    and at most 8, are evaluated at once."""
+    """Return the mean cross-entropy of the next base, in bits, over windows of ``shape.length`` tokens spread
+    evenly over ``bases``, the held-out part, with at most about 65,536 bases in all (`_test_starts`). At most
+    ``batch_size`` windows, and at most 8, are evaluated at once."""
     starts = _test_starts(bases, shape)
     return mean_bits(model, starts, lambda part: _windows(bases, part, shape), batch_size)
 
@@ -183,14 +183,16 @@ def markov_bits(genome: Corpus, places: Array, order: int) -> float:
 
 
 def scored_positions(genome: Corpus, shape: HyenaSize) -> Array:
-    """Return the positions in the held-out part whose base the metric scores, (windows x length,), one window
-    after another. Positions in overlapping windows occur more than once."""
+    """Return the positions in the held-out part of ``genome`` whose base the metric scores, (windows x
+    ``shape.length``,), one window after another (`_test_starts`). Positions in overlapping windows occur more
+    than once."""
     starts = _test_starts(genome.test, shape) + shape.kmer
     return (starts[:, None] + np.arange(shape.length)).ravel()
 
 
 def metric(genome: Corpus, shape: HyenaSize) -> Metric:
-    """Return the metric, bits per held-out base; lower is better.
+    """Return the metric, bits per held-out base of the windows that `bits_per_base` evaluates; lower is
+    better.
 
     Its naive result is that of a Markov chain of order two, which sees words of codon length. The margin,
     below which a difference counts as none, is half of the bits that order 4 gains over order 3 on the scored

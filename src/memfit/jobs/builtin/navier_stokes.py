@@ -61,8 +61,8 @@ class Square:
 
 
 def advance(square: Square, vorticity: Array, *, step_s: float, steps: int) -> Array:
-    """Return ``vorticity`` (..., points, points) after ``steps`` fourth-order Runge-Kutta steps of ``step_s``
-    seconds each."""
+    """Return ``vorticity`` (..., points, points) after ``steps`` fourth-order Runge-Kutta steps of the
+    equation ``square``, of ``step_s`` seconds each."""
     half = np.exp(square.linear() * step_s / 2)
     w = np.fft.rfft2(vorticity)
     for _ in range(steps):

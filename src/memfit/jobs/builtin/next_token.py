@@ -24,7 +24,8 @@ class Corpus:
 
 
 def split(numbers: Array, source: str) -> Corpus:
-    """Return ``numbers`` as a corpus whose last tenth, rounded down, is for testing."""
+    """Return ``numbers`` (uint8, of one dimension) as a corpus whose last tenth, rounded down, is for
+    testing. ``source``: where they come from."""
     boundary = len(numbers) - len(numbers) // 10
     return Corpus(train=numbers[:boundary], test=numbers[boundary:], source=source)
 

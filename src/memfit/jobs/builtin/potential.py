@@ -258,9 +258,10 @@ def pack(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str, 
 
 
 def neighbours(species: Array, positions: Array, shape: SchnetSize) -> tuple[Array, Array]:
-    """Return two arrays (batch, atoms, neighbours): the indices of each atom's nearest other atoms in the
-    sample, int64, the nearest first; and whether each is closer than the cutoff, bool. The latter is False
-    where either atom is padding; the index then means nothing."""
+    """Return two arrays (batch, atoms, ``shape.neighbours``): the indices of each atom's nearest other atoms
+    in the sample, int64, the nearest first; and whether each is closer than ``shape.cutoff``, bool. The
+    latter is False where either atom is padding; the index then means nothing. ``species`` (batch, atoms):
+    atomic numbers, 0 at padding; ``positions`` (batch, atoms, 3): in angstrom."""
     near = np.empty((*species.shape, shape.neighbours), np.int64)
     within = np.empty(near.shape, bool)
     for sample, (elements, coordinates) in enumerate(zip(species, positions, strict=True)):

@@ -179,16 +179,16 @@ def masked_loss(model: torch.nn.Module, batch: Any, *, reduction: str = "mean") 
 
 
 def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[dict[str, Array]]:
-    """Return batches of the test sequences, of at most ``batch_size`` and at most 8 sequences each. Crops and
-    masks are the same every time and for every ``batch_size``."""
+    """Return batches of the test sequences, padded or cropped to ``length`` tokens, of at most ``batch_size``
+    and at most 8 sequences each. Crops and masks are the same every time and for every ``batch_size``."""
     arrays = _mask(list(sequences.test), length, np.random.default_rng(_TEST_SEED))
     parts = full_parts(np.arange(len(sequences.test)), batch_size)
     return [{name: array[part] for name, array in arrays.items()} for part in parts]
 
 
 def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, batch_size: int) -> float:
-    """Return the mean cross-entropy, in nats, of the masked residues of all test sequences. At most
-    ``batch_size`` sequences, and at most 8, are evaluated at once."""
+    """Return the mean cross-entropy, in nats, of the masked residues of all test sequences, padded or cropped
+    to ``length`` tokens. At most ``batch_size`` sequences, and at most 8, are evaluated at once."""
     total, terms = 0.0, 0
     with evaluating(model) as device:
         for arrays in _test_batches(sequences, length, batch_size):
@@ -199,8 +199,8 @@ def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, bat
 
 
 def metric(sequences: Sequences, length: int) -> Metric:
-    """Return the metric, the mean cross-entropy of masked residues of the test sequences in nats; lower is
-    better.
+    """Return the metric, the mean cross-entropy of masked residues of the test sequences, padded or cropped
+    to ``length`` tokens, in nats; lower is better.
 
     Its naive result predicts every residue with its frequency in the training sequences, with one added to
     each count.

@@ -192,8 +192,9 @@ def scores(model: torch.nn.Module, chains: Chains, length: int, batch_size: int)
 
 
 def metric(chains: Chains, length: int) -> Metric:
-    """Return the metric, Q3 (the percentage of residues with the correct state); higher is better. Its naive
-    result predicts the most common state of the training chains everywhere."""
+    """Return the metric, Q3 (the percentage of residues with the correct state, of the first ``length`` of
+    each test chain); higher is better. Its naive result predicts the most common state of the training chains
+    everywhere."""
     boundary = chains.offset[chains.train_count]
     commonest = np.bincount(chains.state[:boundary], minlength=3).argmax()
     starts, stops = chains.offset[chains.train_count : -1], chains.offset[chains.train_count + 1 :]

@@ -228,9 +228,10 @@ def fape(
 ) -> torch.Tensor:
     """Return the frame-aligned point error of each sample (algorithm 28 of AlphaFold 2), (batch,). It is the
     mean over all pairs of a frame (batch, n) and a point (batch, k, 3) of the distance between the predicted
-    point, in coordinates of the predicted frame, and the true point, in those of the true frame, in units of
-    10 Angstrom. A distance counts for 0.9 clamped at 10 Angstrom and for 0.1 unclamped. ``masks``: (mask of
-    the frames (batch, n), mask of the points (batch, k)), 0 for those that do not count."""
+    one of ``points``, in coordinates of the predicted frame, and that of ``true_points``, in those of the
+    true frame, in units of 10 Angstrom. A distance counts for 0.9 clamped at 10 Angstrom and for 0.1
+    unclamped. ``masks``: (mask of the frames (batch, n), mask of the points (batch, k)), 0 for those that do
+    not count."""
     differences = predicted.invert(points.unsqueeze(1)) - true.invert(true_points.unsqueeze(1))
     error = (differences.square().sum(-1) + _EPS).sqrt()
     error = CLAMPED_SHARE * error.clamp(max=CLAMP) + (1 - CLAMPED_SHARE) * error
