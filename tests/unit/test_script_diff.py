@@ -477,6 +477,12 @@ REFUSED = {
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
         "clips gradients depending on epoch, which changes in the loop",
     ),
+    "a norm that is set late": (
+        PLAIN.replace("parameters(), 1.0)", "parameters(), norm)").replace(
+            "scheduler = torch", "used = len(optimizer.param_groups)\nnorm = 1.0\nscheduler = torch"
+        ),
+        "sets the norm to which the script clips gradients after it has made and used optimizer",
+    ),
     "a norm that is a keyword with a default": (
         (
             "def train(model, optimizer, loader, *, norm=1.0):\n"
@@ -957,6 +963,15 @@ def test_no_edit_is_printed_that_memfit_apply_refuses() -> None:
     ):
         diff(PLAIN, {"optimizer-in-backward": {}})
     assert diff(PLAIN, {"bf16-autocast": {}}).diff
+
+
+def test_the_plan_is_applied_where_the_clipping_norm_is_known() -> None:
+    text = PLAIN.replace("parameters(), 1.0)", "parameters(), norm)")
+    text = text.replace("scheduler = torch", "norm = 1.0\nscheduler = torch")
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 2}})
+    added = [line for line in edit.diff.splitlines() if line.startswith(("+fit", "+    clip", " norm"))]
+    assert added[0] == " norm = 1.0"
+    assert any("clip=norm" in line for line in added[1:])
 
 
 def test_a_search_leaves_out_what_the_script_cannot_have() -> None:

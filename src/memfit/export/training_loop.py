@@ -319,10 +319,11 @@ def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], mo
 
 
 def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scaler: str) -> LoopSetup:
-    """Return where and with what variables the plan is applied: after the last assignment to the optimizer
-    or to the GradScaler ``scaler`` ("": none), or if there is none to the optimizer in the statement list
-    around the loop, before the loop. Raises UserError if the script does not show where the optimizer is
-    made, or if it changes the model between that and the loop."""
+    """Return where and with what variables the plan is applied: after the last assignment to the optimizer,
+    to the GradScaler ``scaler`` ("": none) or to a variable of the clipping norm; or if there is none to the
+    optimizer in the statement list around the loop, before the loop. Raises UserError if the script does not
+    show where the optimizer is made, if it changes the model between that and the loop, if it uses the model
+    or the optimizer before it sets the norm, and as `_clip` does."""
     names = {update.optimizer: update.optimizer, model: model}
     user: ast.AST = place.loop
     statements, arguments = place.scope, dict[str, ast.expr]()
@@ -352,11 +353,20 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
                 f"if {ast.unparse(statement.test)[:60]}, the script changes {names[model]} after the plan is "
                 "applied, for which the plan was not made"
             )
+    clip = _clip(place, update, arguments if user is not place.loop else None, statements[at:])
+    clip_names = loaded_names(ast.parse(clip, mode="eval")) if clip else set[str]()
+    if setting := [i for i, s in enumerate(between) if clip_names & {*stored_names(s)}]:
+        after = between[setting[-1]]
+        if any({optimizer, names[model]} & loaded_names(s) for s in between[: setting[-1] + 1]):
+            raise UserError(
+                f"line {after.lineno} sets the norm to which the script clips gradients after it has made "
+                f"and used {optimizer}: it must do so before"
+            )
     return LoopSetup(
         model=names[model],
         optimizer=optimizer,
         scaler=scaler,
-        clip=_clip(place, update, arguments if user is not place.loop else None, statements[at:]),
+        clip=clip,
         after=after,
         before=None if after is not None else statements[at],
         is_global=user is not place.loop and statements is not source.tree.body,

@@ -131,7 +131,8 @@ def _reach(func: Any, args: Any) -> int:
     longer than this does not show that the operator combines elements."""
     if func is torch.ops.aten.convolution.default:
         return int(max(args[5]))
-    return int(max(map(abs, args[1]))) if "_pad" in func.__name__ and isinstance(args[1], list) else 0
+    is_padding = "_pad" in func.__name__ and isinstance(args[1], list)
+    return int(max(map(abs, args[1]), default=0)) if is_padding else 0
 
 
 @dataclasses.dataclass(slots=True)

@@ -47,7 +47,7 @@ _NAMES: Final = {
 
 def mann_kendall_z(values: Sequence[float]) -> float:
     """Return the standard score of Mann and Kendall's test for a trend, corrected for ties: positive if later
-    values are rather higher. Values in random order have a score of about 0 with standard deviation 1. Fewer
+    values tend to be higher. Values in random order have a score of about 0 with standard deviation 1. Fewer
     than two values, and values that are all equal, have a score of 0."""
     n = len(values)
     signs = sum((b > a) - (b < a) for a, b in itertools.combinations(values, 2))
