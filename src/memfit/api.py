@@ -50,7 +50,7 @@ from memfit.techniques.base import JobFacts
 from memfit.techniques.imported_optimizer import SeparateOptimizers
 from memfit.techniques.plan_file import plan_text
 from memfit.techniques.rank_mesh import SEVERAL, layout
-from memfit.techniques.registry import proposable, technique
+from memfit.techniques.registry import check, proposable, technique
 from memfit.trace.lifecycle import Lifecycle, lifecycle
 from memfit.trace.real_weights import WeightsSource, build_weights, offer_weights
 from memfit.types.conformance import Conformance, Difference, NotConforming
@@ -349,7 +349,8 @@ def estimate(  # noqa: PLR0913
     other devices, the interval's upper end includes the most that they can use. If sizes in the step depend
     on computed values, as in a detector, and the step takes at most 4e12 operations and half of this
     machine's free memory, ``probe`` also computes the step on a copy of the model. Raises UserError if an
-    argument is none of these, if the model does not support the plan, or if the step cannot be traced.
+    argument is none of these, if the model or the machine does not support the plan, or if the step cannot be
+    traced.
     """
     job = job_of(
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
@@ -383,7 +384,9 @@ def _bytes(memory: object) -> int:
 
 def _plan_on(plan: Any, machine: Machine) -> Plan:
     resolved_plan = plan_of(plan)
-    return plan_of(on_ranks(plan, machine.device_count)) if _of_several(resolved_plan) else resolved_plan
+    if _of_several(resolved_plan):
+        resolved_plan = plan_of(on_ranks(plan, machine.device_count))
+    return check(resolved_plan, machine)
 
 
 def _of_several(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import memfit
 from memfit.catalog import machine
 from memfit.cost.kernel_model import FULL_SUM, kernels
 from memfit.jobs.builtin.gpt import Gpt, GptSize
@@ -124,6 +125,11 @@ def test_float8_is_supported_only_on_devices_with_8_bit_matrix_units(name: str, 
     else:
         with pytest.raises(UserError, match=f"{NAME} is not supported on {name}, for which no peak rate"):
             check(plan(NAME), on)
+
+
+def test_memfit_estimate_refuses_float8_for_a_device_without_it() -> None:
+    with pytest.raises(UserError, match=f"{NAME} is not supported on A100-80GB-SXM"):
+        memfit.estimate(torch.nn.Linear(16, 16), torch.ones(2, 16), plan=NAME, machine="A100-80GB-SXM")
 
 
 def test_searches_try_float8_only_together_with_compile() -> None:
