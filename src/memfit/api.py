@@ -26,7 +26,7 @@ from memfit.conformance.monitor import Monitor
 from memfit.conformance.sharding import world_size
 from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.files.replace import write_whole
-from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
+from memfit.inputs import job_of, machine_of, on_ranks, plan_of, refuse_lazy, says_ranks
 from memfit.jobs.user_job import run_user_code
 from memfit.lint import to_plan
 from memfit.lint.clipping import clipping_setting
@@ -724,6 +724,7 @@ def conform(
             allowed="a torch.nn.Module, as it was prepared for training: memfit.conform compares it with the "
             "plan",
         )
+    refuse_lazy(model)
     _check_step(step)
     target_plan = plan_of(on_ranks(plan, ranks or world_size()))
     multi_rank_techniques = tuple(

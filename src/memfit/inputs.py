@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from memfit import catalog
 from memfit.files.read import parse_yaml
@@ -158,6 +159,16 @@ def batch_of(batch: Any) -> Any:
     return map_batch(here, value)
 
 
+def refuse_lazy(model: torch.nn.Module) -> None:
+    """Raise UserError if the model has a lazy module that has not run yet: its parameters have no shape."""
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise UserError(
+            "the model has a lazy module, such as nn.LazyLinear, whose parameters have no shape before its "
+            "first forward pass",
+            hint="run the model once on a batch before, or give all sizes, as to nn.Linear",
+        )
+
+
 # -- the loss -------------------------------------------------------------------------------------
 
 
@@ -245,7 +256,7 @@ def _call(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: b
         if not keywords:
             raise UserError(
                 f"the model's forward{forward} has no parameter named like one of the batch's keys: "
-                f"{', '.join(batch)}",
+                f"{', '.join(map(str, batch))}",
                 hint="give loss=lambda model, batch: ...",
             )
         return model(**keywords)
@@ -305,10 +316,16 @@ def optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
             "torch.optim.Optimizer of the argument model, a function that makes one from a list of "
             "parameters, an OptimizerChoice, or None: AdamW",
         )
-    name = getattr(optimizer, "__name__", type(optimizer).__name__)
-    return OptimizerChoice(
-        name=name, make=lambda params: run_user_code(lambda: make(params), "your optimizer")
-    )
+
+    def make_checked(params: list[torch.nn.Parameter]) -> Any:
+        made = run_user_code(lambda: make(params), "your optimizer")
+        if not hasattr(made, "step"):
+            raise UserError(
+                f"the argument optimizer makes a {type(made).__name__}", allowed="a torch.optim.Optimizer"
+            )
+        return made
+
+    return OptimizerChoice(name=getattr(optimizer, "__name__", type(optimizer).__name__), make=make_checked)
 
 
 def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[torch.nn.Parameter]], Any]:

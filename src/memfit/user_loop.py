@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memfit.conformance.monitor import Monitor
 from memfit.conformance.sharding import world_size
-from memfit.inputs import batch_of, loss_of, on_ranks, plan_of
+from memfit.inputs import batch_of, loss_of, on_ranks, plan_of, refuse_lazy
 from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
 from memfit.jobs.training_step import MicroBatch, TrainingStep, move_batch, weigh_loss
 from memfit.model.batch_objects import batch_length, batch_tensors, repeat
@@ -381,6 +381,7 @@ def _check_model(model: Any) -> None:
             "a plan was applied to this model already",
             hint="build the model anew for another plan",
         )
+    refuse_lazy(model)
     kinds = {kind.__name__ for kind in type(model).__mro__}
     sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
     if sharded or kinds & set(_WRAPPERS):

@@ -386,6 +386,7 @@ def test_a_plan_for_several_ranks_in_one_process_is_reported(plan: Any) -> None:
         ({"step": lambda batch: batch}, "step cannot be called without arguments: missing .*'batch'"),
         ({"model": [1]}, "the argument model is a list; allowed: a torch.nn.Module"),
         ({"optimizer": "adamw"}, "the argument optimizer is or contains a str"),
+        ({"model": nn.LazyLinear(4)}, "the model has a lazy module"),
         ({"clip": "1"}, "the argument clip is not a gradient norm: '1'"),
     ],
 )
@@ -421,6 +422,18 @@ def test_offload_of_only_half_of_the_parameters_is_reported(share: float) -> Non
     watch.graph.device = "meta"
     findings = list(offloaded_states(plan, watch.observe()))
     assert [f.wrong for f in findings] == [share < 1]
+
+
+def test_an_error_while_listening_begins_leaves_nothing_patched() -> None:
+    model, backward = nn.Linear(8, 8), torch.autograd.backward
+    monitor = Monitor(model, torch.optim.SGD(model.parameters()), Plan())
+    with (
+        mock.patch.object(monitor.weights, "_prepared", None),
+        pytest.raises(AttributeError),
+        monitor,
+    ):
+        raise AssertionError("the weights cannot be read")
+    assert torch.autograd.backward is backward
 
 
 def test_the_kernels_of_several_optimizers_are_read_from_a_list_or_a_mapping() -> None:

@@ -415,6 +415,7 @@ def wrong_calls() -> dict[str, tuple[Any, str]]:
         "groups": (lambda m: memfit.apply("zero", m, two_groups(m)), "one parameter group"),
         "no example": (lambda m: memfit.apply("chunking", m), "batch=batch"),
         "device": (lambda m: memfit.apply({}, m, device="foo"), "device is 'foo', which torch cannot use"),
+        "lazy": (lambda m: memfit.apply({}, nn.LazyLinear(4)), "has a lazy module"),
         "loss terms": (
             lambda m: memfit.apply({}, m, loss_terms=cast(Any, 5)),
             "argument loss_terms is a int",

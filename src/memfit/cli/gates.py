@@ -106,8 +106,11 @@ def check_gates(
 ) -> None:
     """Print whether the figures of a record keep the limits, and predict the stages whose machines are given.
     ``record_name``: a file, or the ID of a proof of concept or of a record from others; None for the proof of
-    concept begun last. If a figure does not keep its limit, no stage is predicted and the exit code is 1.
-    With a proof of concept that was run here, the limits, --attended-minutes and the predictions are stored.
+    concept begun last. The limits are those of --gates; without it, those stored last with a proof of concept
+    that was run here, or else memfit's own. If a figure does not keep its limit, no stage is predicted and
+    the exit code is 1. With a proof of concept that was run here, the limits of --gates, --attended-minutes,
+    and the machines and predictions of the stages are stored.
+
     Raises UserError for an unknown machine and a wrong file of limits, as `find_record`, `_store_attended`
     and `_job_spec` do, and for a job that cannot be predicted; NothingFits if no plan fits a stage."""
     lang = check_language(output.lang)

@@ -9,8 +9,9 @@ plan.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -78,7 +79,7 @@ class Monitor(Prepared):
         self.gradients, self.clipping = GradientProbe(self), ClippingProbe(self)
         self.weights, self.activity = WeightUpdates(self), BlockListener()
         self.graph = GraphProbe(model, self._on_backward, weighs="activation-offload" in plan)
-        self._handles: list[Any] = []
+        self._listening = contextlib.ExitStack()
         self._forwards = 0
         self._passes: list[int] = []  # numbers of backward passes, for each optimizer step
         self._learned = set[int]()  # ids of parameters that got a gradient
@@ -91,34 +92,36 @@ class Monitor(Prepared):
     # -- listening ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self._handles = []
-        for listener in (self.graph, self.order, self.reach, self.gradients, self.clipping, self.weights):
-            listener.__enter__()
+        with contextlib.ExitStack() as stack:  # an error must not leave functions of torch patched
+            for listener in (self.graph, self.order, self.reach, self.gradients, self.clipping, self.weights):
+                stack.enter_context(listener)
+            for handle in self._hooks():
+                stack.callback(handle.remove)
+            self._listening = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listening.close()
+
+    def _hooks(self) -> Iterator[Any]:
+        """Register the hooks on the model and the optimizer, and yield their handles."""
         compile_use = self.plan.get("compile")  # a hook inside would split the graph
         if compile_use is None or compile_use.settings["scope"] != "model":
-            self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
-        self._handles += self.activity.listen(
+            yield self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        yield from self.activity.listen(
             self.blocks if compile_use is None else (),
             islands=self.islands,
             on_first=self._on_first,
             busy=lambda: self.reach.running,
         )
         if self.layout.tensor > 1 and self.blocks and compile_use is None:
-            self._handles.append(self.blocks[-1].register_forward_hook(self._on_last))
+            yield self.blocks[-1].register_forward_hook(self._on_last)
         torch_optimizers = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
         for param in (trainable := list(self.trainable())):
-            self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
+            yield param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable)))
         if torch_optimizers:
-            self._handles.append(torch_optimizers[-1].register_step_pre_hook(self._on_update))
-            self._handles.append(torch_optimizers[-1].register_step_post_hook(lambda *_: self._on_step()))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for listener in (self.weights, self.clipping, self.gradients, self.reach, self.order, self.graph):
-            listener.__exit__()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+            yield torch_optimizers[-1].register_step_pre_hook(self._on_update)
+            yield torch_optimizers[-1].register_step_post_hook(lambda *_: self._on_step())
 
     def _on_gradient(self, count: int) -> Callable[[nn.Parameter], None]:
         def listen(param: nn.Parameter) -> None:
