@@ -151,12 +151,12 @@ def _traced(technique: str, step_s: float, usd: float) -> Estimate:
 QUICK, CHEAP = _traced("adafactor", 36.0, 1.0), _traced("sgd", 72.0, 0.1)  # 10 h, 1000 USD; 20 h, 100 USD
 
 
-def ways_out(needs_bytes: int = 0, **limits: float) -> tuple[str, ...]:
+def ways_out(needs_bytes: int = 0, *, planned: int = 1, **limits: float) -> tuple[str, ...]:
     """Return what is suggested if neither QUICK nor CHEAP keeps to a cap of 1 GiB and ``limits``, in 1,000
-    steps, and there is no plan for more devices."""
+    steps, and there is no plan for more than ``planned`` devices."""
 
     def estimates(ranks: int) -> list[Estimate]:
-        if ranks > 1:
+        if ranks > planned:
             raise UserError("no plan")
         return []
 
@@ -186,6 +186,10 @@ def test_each_suggested_deadline_or_budget_is_enough_alone() -> None:
 def test_more_memory_is_suggested_only_for_plans_that_keep_to_the_deadline() -> None:
     assert ways_out(2**30 + 1, deadline_s=15 * 3600.0) == ("0.1 GiB more on each device",)
     assert ways_out(2**30 + 1, deadline_s=3600.0) == ()
+
+
+def test_more_memory_is_suggested_too_if_no_plan_uses_as_many_devices_as_were_asked_for() -> None:
+    assert ways_out(2**30 + 1, planned=0) == ("0.1 GiB more on each device",)
 
 
 def test_a_device_that_only_a_machine_file_describes_is_not_suggested_as_a_name(

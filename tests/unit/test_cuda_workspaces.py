@@ -12,7 +12,7 @@ from torch import nn
 
 import memfit
 from memfit import catalog
-from memfit.cost.cuda_workspaces import Multiprocessors, inside_cuda
+from memfit.cost.cuda_workspaces import Inside, Multiprocessors, inside_cuda
 from memfit.cost.workspaces import bound_bytes
 from memfit.trace.signature import describe
 
@@ -50,6 +50,16 @@ SUMS = {
 }
 WHOLE_ROWS = {283: 2162688, 512: 100663296, 258: 17301504}  # the same of 49,152 rows of 256 in longer ones
 H100 = Multiprocessors(count=132, threads=2048)
+
+
+@pytest.mark.parametrize(
+    "name", ["sum.dim_IntList", "amax.default", "max.dim", "argmax.default", "prod.dim_int"]
+)
+@pytest.mark.parametrize("dim", [0, -1])
+def test_a_reduction_of_a_scalar_over_its_only_dimension_takes_nothing(name: str, dim: int) -> None:
+    dims = [dim] if name.startswith(("sum", "amax")) else dim
+    inside = inside_cuda(describe(f"aten.{name}", [torch.empty((), device="meta"), dims], {}), H100)
+    assert inside == Inside()
 
 
 @pytest.mark.parametrize("name", SUMS)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from report_fixture import estimate
 from rich.console import Console
 
-from memfit.cost.memory import memory_profile, with_workspace
+from memfit.cost.memory import live_peak_bytes, memory_profile, with_workspace
 from memfit.report.explain import TracedEstimate, contributors, difference
 from memfit.report.explain_files import chrome_trace, snapshot
 from memfit.report.explain_html import MOST_BYTES, render_explained, series
@@ -100,6 +100,16 @@ LIGHT = explained(
 
 
 # --- the peak
+
+
+def test_workspace_inside_the_kernel_at_the_peak_is_added_to_the_workspaces_that_are_kept() -> None:
+    kept = alloc(0, None, 4 * KIB, category=Category.WORKSPACE, module="", line="")
+    step = dataclasses.replace(traced([kept, *SAVED]), ops=(op(14, "layers.0.mlp"),))
+    calibration = Calibration(op_peak_bytes={step.ops[0].signature: 32 * KIB})
+    found = explained(step, calibration=calibration)
+    assert found.estimate.at_peak_bytes["workspace"] == 36 * KIB
+    assert sum(found.estimate.at_peak_bytes.values()) == found.estimate.allocated_bytes.value
+    assert live_peak_bytes(found.trace) == found.estimate.allocated_bytes.value
 
 
 def test_equal_blocks_are_merged_into_one_contributor_and_the_sizes_add_up() -> None:

@@ -10,6 +10,7 @@ from memfit.jobs.registry import load
 from memfit.planner import capacity, search
 from memfit.planner.request import Request, make_predictor
 from memfit.runtime import local_machine
+from memfit.techniques.registry import make_plain_plan
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan
@@ -45,3 +46,12 @@ def test_the_batch_is_halved_until_plain_training_can_run(monkeypatch: pytest.Mo
     assert smaller.job_ref == dataclasses.replace(request.job_ref, batch=job.batch_size)
     assert job.batch_size in (2, 4)
     assert capacity.needed_bytes(estimate, request.machine) <= need // 2
+
+
+def test_the_batch_is_not_reduced_below_one_sample_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = local_machine.this_machine("world")
+    request = Request(job_ref=JobRef(spec="protein-ss", batch=3), machine=machine, ranks=2)
+    job, predictor = make_predictor(request)
+    monkeypatch.setattr(local_machine, "free_bytes", lambda: 1)
+    _, job, *_ = search._reduce_batch(request, job, predictor, predictor.whole(make_plain_plan(2)))
+    assert job.batch_size == 2

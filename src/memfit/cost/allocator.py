@@ -84,9 +84,9 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, key: Hashable, size_bytes: int, stream: str = "") -> bool:
-        """Allocate a block for ``size_bytes``, rounded up (`rounded_bytes`), on ``stream`` and return True.
-        ``stream``: "" is the compute stream. ``key``: any value that is not in use; `free` takes it to find
-        the block.
+        """Allocate a block of at least ``size_bytes``, rounded up to a multiple of 512 bytes, on ``stream``
+        and return True. ``stream``: "" is the compute stream. ``key``: any value that is not in use; `free`
+        takes it to find the block.
 
         Returns False, with nothing allocated, if the memory is not enough even after all cached memory was
         released.
@@ -259,7 +259,8 @@ def run(events: Iterable[Event], settings: Settings | None = None) -> ReplayResu
     and return what the allocator held.
 
     An event is (key, size in bytes, stream) for an allocation, or (key, -1, "") to free it. ``settings``:
-    None means `Settings` with its defaults: segments that do not expand, unlimited memory.
+    None means `Settings` with its defaults: segments that do not expand, unlimited memory. Raises KeyError if
+    an event frees a key that is not allocated.
     """
     allocator = CachingAllocator(settings)
     fits = True
@@ -280,8 +281,9 @@ def run(events: Iterable[Event], settings: Settings | None = None) -> ReplayResu
 
 
 def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> ReplayResult:
-    """Replay the allocations of a trace and their frees, in the order of `events_of`, with a new allocator,
-    up to and including the first allocation that fails. Return what the allocator held.
+    """Replay the allocations of a trace and their frees in the order of their clocks, at the same clock
+    allocations first, with a new allocator, up to and including the first allocation that fails. Return what
+    the allocator held.
 
     ``settings``: None means `Settings` with its defaults: segments that do not expand, unlimited memory.
     """
@@ -299,9 +301,10 @@ def events_of(allocations: Iterable[Allocation]) -> list[Event]:
     """Return each allocation as an event, (key, size in bytes, stream), and its free as another, (key, -1,
     ""), sorted by their clocks ``start`` and ``end``. At the same clock, allocations come before frees.
 
-    Allocations of 0 bytes never reach the allocator and are left out. One of several ``pieces`` is as many
-    allocations. ``key``: index of the allocation among those that are left, from 0. An allocation whose
-    ``end`` is None is never freed.
+    Allocations of 0 bytes never reach the allocator and are left out. An allocation that stands for several
+    equal ones (``pieces``) becomes as many events, each with an equal share of its bytes. ``key``: number of
+    the allocation or piece among those that are not left out, from 0, in the order of ``allocations``. An
+    allocation whose ``end`` is None is never freed.
     """
     nonempty = [piece for a in allocations if a.size_bytes for piece in _pieces(a)]
     free_indices = [i for i, a in enumerate(nonempty) if a.end is not None]

@@ -69,7 +69,8 @@ class Pool:
     """The idle blocks of one stream and one size class, small (requests of at most 1 MiB) or large.
 
     ``free``: the mapped ones as (size, address, block). ``unmapped``: the others as (address, block). Both
-    are sorted.
+    are sorted. ``page_bytes``: expandable segments map memory in pages of this size, 2 MiB if ``small``, else
+    20 MiB.
     """
 
     __slots__ = ("free", "page_bytes", "small", "unmapped")
@@ -95,8 +96,9 @@ class Pool:
 
 
 def merge(block: SegmentBlock, neighbour: SegmentBlock | None) -> None:
-    """Extend ``block`` over the ``neighbour`` before or after it and remove that from its pool, if the
-    neighbour is idle and both are mapped or both unmapped. Do nothing otherwise, or if it is None.
+    """Extend ``block`` over the ``neighbour`` before or after it and remove the neighbour from its pool, if
+    the neighbour is idle and both are mapped or both unmapped. Do nothing otherwise, or if the neighbour is
+    None. ``block`` itself must not be in the lists of its pool, which are sorted by size and address.
     """
     if neighbour is None or not neighbour.idle or neighbour.mapped != block.mapped:
         return

@@ -65,7 +65,7 @@ def collective_s(kind: str, size_bytes: Any, ranks: int, ranks_per_host: int, ma
     fails an assertion. ``size_bytes``: a number or a numpy array, as is the result. It is the result of a
     gather, the input of a scatter, the tensor that is reduced, broadcast or sent, or all that one rank gives
     to an all-to-all. ``ranks``: number of ranks in the group. ``ranks_per_host``: how many of them are in
-    each host.
+    each host; a send stays inside a host if it is more than 1.
     """
     assert kind in KINDS, kind
     if ranks <= 1:

@@ -35,8 +35,9 @@ _THREADS: Final = {"sm_75": 1024, "sm_86": 1536, "sm_87": 1536, "sm_89": 1536, "
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """Bytes that an operator's kernel allocates and frees itself: ``beside_bytes`` while its outputs exist,
-    and ``alone_bytes`` before they exist."""
+    """Bytes that an operator's kernel allocates itself: ``beside_bytes`` while all its outputs exist, without
+    them; ``alone_bytes`` before that, with those outputs that exist then. The peak of the operator is the
+    higher of ``alone_bytes`` and of the outputs plus ``beside_bytes``."""
 
     beside_bytes: int = 0
     alone_bytes: int = 0
@@ -70,7 +71,8 @@ class _Tensor:
 
     @property
     def is_channels_last(self) -> bool:
-        """Whether it has four or five dimensions, of which the second is the innermost in memory."""
+        """Whether it is dense in memory with its second dimension innermost, has four or five dimensions, and
+        is not contiguous, too."""
         dims = len(self.shape)
         return dims in (4, 5) and bool(self.copy_bytes) and self.lies_in((0, *range(2, dims), 1))
 
@@ -87,15 +89,15 @@ class _Tensor:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Multiprocessors:
     """The multiprocessors of a card: their number, and the most threads that one of them runs at once. The
-    defaults are those of the largest cards in the catalog."""
+    defaults are those of a B200."""
 
     count: int = 148
     threads: int = 2048
 
     @classmethod
     def of(cls, device: Device) -> Multiprocessors:
-        """Return those of the device: the number that the catalog has, else the default; threads by the
-        device's architecture, the default for one that is not in `_THREADS`."""
+        """Return those of the device: the number that the catalog has, else 148; the threads of the device's
+        architecture, 1,024 (sm_75), 1,536 (sm_86, sm_87, sm_89, sm_120, sm_121) or 2,048 (all others)."""
         largest = cls()
         count = int(device.multiprocessor_count.value) if device.multiprocessor_count else largest.count
         return cls(count, _THREADS.get(device.gpu_target, largest.threads))
@@ -104,8 +106,9 @@ class Multiprocessors:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Temporary:
     """What the kernel of the operator ``call`` may allocate inside (``inside``), and those of its ``outputs``
-    that are in the trace. ``allocation``: the same as an allocation, made and freed at the clock of the last
-    output; of 0 bytes if it is at most 4,096 bytes."""
+    that are in the trace. ``allocation``: an allocation that raises the level of the trace to the kernel's
+    peak: made and freed at the clock of the last output, or of the call if it has none, and of 0 bytes if
+    4,096 bytes or fewer are missing."""
 
     call: OpCall
     inside: Inside
@@ -122,8 +125,8 @@ def with_temporaries(trace: Trace, device: Device) -> Trace:
 
 def temporaries(trace: Trace, device: Device) -> list[Temporary]:
     """Return what CUDA's kernels allocate inside operators on ``device``, in the order of the calls.
-    Operators without a formula (`inside_cuda`) are left out. Empty if the trace's device does not run CUDA's
-    kernels."""
+    Operators without a formula (`inside_cuda`) are left out; others are in the list even if theirs allocate
+    0 bytes. Empty if the trace's device does not run CUDA's kernels."""
     if device_kind(trace.device).kernels != "cuda":
         return []
     processors = Multiprocessors.of(device)
@@ -159,7 +162,7 @@ def temporaries(trace: Trace, device: Device) -> list[Temporary]:
 @functools.lru_cache(maxsize=100_000)
 def inside_cuda(signature: str, processors: Multiprocessors) -> Inside | None:
     """Return what CUDA's kernel of the operator with this signature allocates inside on a card with these
-    multiprocessors; None if that is nothing or not known."""
+    multiprocessors, which may be 0 bytes; None for an operator without a formula here."""
     name = signature[2 : signature.index('"', 2)] if signature.startswith('["') else ""
     is_single = name.startswith("aten.") and "._foreach_" not in name  # these have kernels of their own
     base = base_name(name) if is_single else ""
@@ -233,8 +236,8 @@ def _reduction_bytes(tensor: _Tensor, dims: Any, processors: Multiprocessors) ->
     """Return the bytes of the partial results of a sum over ``dims``, which exist if several blocks of
     threads share a result (``setReduceConfig`` and ``global_memory_size`` in
     aten/src/ATen/native/cuda/Reduce.cuh). 0 if ``dims`` include the innermost dimension in memory, as such a
-    sum needs little, and if ``dims`` is not a list of dimensions."""
-    if not isinstance(dims, list) or not dims or not tensor.elements:
+    sum needs little; if ``dims`` is not a list of dimensions; and for a tensor without dimensions."""
+    if not isinstance(dims, list) or not dims or not tensor.shape or not tensor.elements:
         return 0
     reduced = {d % len(tensor.shape) for d in dims}
     by_stride = sorted(
@@ -412,9 +415,9 @@ def _embedding_bag(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
 
 
 def _softmax_backward(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inside:
-    """Return the bytes inside the backward of softmax: of the product of gradient and output, of a copy of
-    it, and of a contiguous copy of a gradient that is not contiguous (SoftMax.cu). Traces show the
-    product."""
+    """Return the bytes inside the backward of softmax, with its result: those of the product of gradient and
+    output, of the result, and of a contiguous copy of a gradient that is not contiguous (SoftMax.cu). Traces
+    show the first two."""
     grad = args[0]
     output_bytes = grad.elements * dataclasses.replace(grad, dtype=args[3]).item_bytes
     return Inside(alone_bytes=output_bytes + grad.bytes + grad.copy_bytes)

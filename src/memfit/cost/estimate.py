@@ -60,7 +60,8 @@ def estimate(
     ``calibration``: what was measured on the machine; its memory inside kernels and its corrections of step
     times are used. ``step``: the step if it is already simulated, for plans whose ranks differ. If ``step``
     is None, the step is simulated from ``trace`` with the time model ``model``. If ``model`` is None, too, or
-    if the step cannot be simulated, the seconds, joules, money and CO2 are None. ``workers``: number of
+    if the step cannot be simulated, the seconds, joules, money and CO2 are None. Joules are None, too, if the
+    power of the devices is unknown, money and CO2 also if the machine has no place. ``workers``: number of
     DataLoader workers of each rank.
     """
     tensors = HostTensors.of(trace)
@@ -128,8 +129,10 @@ def estimate_of_sketch(
     not traced. Peaks of phases, what is alive at the peak, and FLOPs are left empty or 0.
 
     ``allocated``: the peak of live tensors on the device of the rank that needs most. ``step_s``: None if it
-    is unknown; joules, money and CO2 are None then. ``host_tensors``: of one rank. ``workers``: number of
-    DataLoader workers of each rank. ``reserved_ratio``: as in `sketch_footprint`.
+    is unknown; joules, money and CO2 are None then. Joules are None, too, if the power of the devices is
+    unknown, money and CO2 also if the machine has no place. ``host_tensors``: of one rank. ``workers``:
+    number of DataLoader workers of each rank. ``reserved_ratio``: reserved over allocated memory of a traced
+    plan of the same job.
     """
     cost = bill(machine, step_s=step_s.value if step_s else None)
     memory = sketch_footprint(
@@ -163,7 +166,8 @@ def estimate_of_sketch(
 def allocated_interval(
     trace: Trace, profile: MemoryProfile, calibration: Calibration
 ) -> tuple[Interval, UnprobedWorkspaces | None]:
-    """Return the peak of the live bytes with its interval, and the operators whose workspaces could raise it.
+    """Return (the peak of the live bytes with its interval; the operators whose workspaces could raise it,
+    None if there are none).
 
     ``profile``: of ``trace``. The interval covers the peaks under other values of what the trace had to
     assume, and the upper bounds of workspaces that were not probed.
@@ -178,7 +182,8 @@ def allocated_interval(
 
 def widened(estimate: Estimate, *, high: float, low: float = math.inf) -> Estimate:
     """Return the estimate with the interval of its peak widened, if needed, to contain ``low`` and ``high``,
-    in bytes. The high ends of reserved and of device memory rise by as much as that of the peak."""
+    in bytes. The high ends of reserved and of device memory rise by as much as that of the peak. The
+    probability of running out of memory and the need of host memory stay as they are."""
     peak = estimate.allocated_bytes
     more_bytes = max(0.0, high - peak.high)
     above = {

@@ -204,9 +204,9 @@ def memory_bytes(machine: Machine) -> float | None:
 
 
 def host_holds(estimate: Estimate, machine: Machine) -> bool:
-    """Return whether the memory of a host of this machine is enough for what the plan needs there, as
-    `Estimate.lacks_host_memory` judges it. If the host's memory is unknown, it is False for a plan that keeps
-    tensors there and True for any other; True also if the need is unknown."""
+    """Return whether the memory of a host of this machine is at least the upper end of what the plan needs
+    there. If the host's memory is unknown, it is False for a plan that keeps tensors there and True for any
+    other; True also if the need is unknown."""
     available_bytes = memory_bytes(machine)
     known_bytes = None if available_bytes is None else int(available_bytes)
     return not dataclasses.replace(estimate, host_memory_bytes=known_bytes).lacks_host_memory

@@ -266,8 +266,9 @@ def _attention_share(shape: Scores, multiprocessors: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 16)
 def shape_of(signature: str) -> Product | Scores | None:
-    """Return the sizes of a matrix product (`Product`) or of attention (`Scores`), read from the operator's
-    signature, a JSON text with [name, arguments, keyword arguments].
+    """Return the sizes of a matrix product (`Product`: mm, addmm, bmm, baddbmm, _scaled_mm, _grouped_mm, not
+    linear) or of attention (`Scores`), read from the operator's signature, a JSON text with [name, arguments,
+    keyword arguments].
 
     None for any other operator, if the text is not JSON, and if the tensors do not have the number of
     dimensions that such an operator takes.

@@ -123,14 +123,15 @@ def _allocations_before_free(trace: Trace) -> Ints:
 
 def chance_all_good(chosen: int, good: int, total: int) -> float:
     """Return the chance, from 0 to 1, that ``chosen`` draws without replacement from ``total`` things, of
-    which ``good`` are good, are all good.
+    which ``good`` are good, are all good. ``chosen``: at most ``total``.
     """
     return math.prod(max(0, good - i) / (total - i) for i in range(chosen))
 
 
 def oom_per_step(lengths: Ints, batch: int, limit: int) -> float:
     """Return the chance, from 0 to 1, that a batch of ``batch`` sequences, drawn without replacement from
-    those with these ``lengths``, contains one that is longer than ``limit``.
+    those with these ``lengths``, contains one that is longer than ``limit``. ``batch``: at most the number of
+    ``lengths``.
     """
     return 1.0 - chance_all_good(batch, int((lengths <= limit).sum()), len(lengths))
 
@@ -153,7 +154,8 @@ def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> flo
 
 def quantile_length(lengths: Ints, batch: int, share: float) -> int:
     """Return the smallest of the ``lengths`` that is enough for at least the ``share`` (0 to 1) of random
-    batches: none of their sequences is longer. A batch is ``batch`` sequences drawn without replacement.
+    batches: none of their sequences is longer. A batch is ``batch`` sequences drawn without replacement, at
+    most as many as there are.
     """
     distinct_lengths = np.unique(lengths)
     ranks = np.searchsorted(np.sort(lengths), distinct_lengths, side="right")
@@ -198,13 +200,14 @@ def batchings(
     - "random": ``batch`` rows in random order, padded to the longest of the batch
     - "length-bucketed": the same, but sorted by length within random pools of 50 batches
     - "sorted": the same, but sorted by length over the whole epoch, longest first
-    - "max-tokens": sorted by length, longest first, with about equal numbers of tokens in each batch
+    - "max-tokens": sorted by length, longest first; each batch has as many rows as have, with padding, at
+      most ``batch`` times the mean length in tokens, but at least one
     - "packed": several sequences in one row, as long as the longest sequence, with attention over the whole
       row
     - "packed-block-diagonal": the same, with attention only within each sequence
 
-    The first two have the peak of every possible order: it includes a batch of the longest sequences.
-    ``fits``: returns whether a peak in bytes fits.
+    The peak of the first two holds for every order: it is at least that of a full batch with the longest
+    sequence. ``fits``: returns whether a peak in bytes fits.
     """
     random_order = np.random.default_rng(0).permutation(len(lengths))
     pools = [

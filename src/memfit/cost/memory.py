@@ -86,7 +86,8 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
     categories = _sum_by(live_allocations, lambda a: str(a.category))
     modules = _sum_by(live_allocations, lambda a: a.module)
     if (workspace_bytes := top_bytes - sum(categories.values())) > 0:
-        categories[str(Category.WORKSPACE)] = workspace_bytes
+        workspace = str(Category.WORKSPACE)  # which may be there, as workspaces of BLAS that are kept
+        categories[workspace] = categories.get(workspace, 0) + workspace_bytes
     return MemoryProfile(
         peak_bytes=top_bytes,
         phase_peak_bytes=dict(phase_peak),
@@ -102,11 +103,12 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
 def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
     """Return the trace with the kernel workspace at the peak of ``profile`` added as an allocation of one
     tick of the clock, so that the highest level of the trace is that peak. The trace is unchanged if the peak
-    does not lie inside an operator with a workspace.
+    does not lie inside an operator with a workspace. ``profile``: of ``trace``.
     """
     clock = profile.peak_clock
     op = next((o for o in trace.ops if o.clock == clock), None)
     size_bytes = profile.at_peak_bytes.get(str(Category.WORKSPACE), 0)
+    size_bytes -= sum(a.size_bytes for a in trace.live_at(clock) if a.category is Category.WORKSPACE)
     if op is None or not size_bytes:
         return trace
     workspace = Allocation(

@@ -32,8 +32,9 @@ _Line = tuple[str, str]
 
 def module_memory(trace: Trace, fold: Callable[[str], str], place: Place) -> tuple[ModuleMemory, ...]:
     """Return one entry for each module and line of code that holds memory at the peak of forward, backward or
-    optimizer, sorted by module, file and text of the line. All states of a module (parameters, gradients,
-    optimizer state, inputs) are in the entry of one line, that of most parameter bytes.
+    optimizer, sorted by module, file and text of the line. Lines of one file with the same text are one
+    entry. All states of a module (parameters, gradients, optimizer state, averaged weights, inputs) are in
+    the entry of one line, that of most parameter bytes, with the most that they take at one of these peaks.
 
     ``fold``: returns the name of the module with this path; modules of one name are added up. ``place``:
     returns the path with the line, and the text of the line, of a file and line of the trace. The trace must
@@ -89,7 +90,8 @@ def _peak_clocks(trace: Trace) -> dict[Phase, int]:
 
 
 def module_sums(rows: Iterable[ModuleMemory]) -> dict[str, dict[str, int]]:
-    """Return module -> column of `COLUMNS` -> bytes, summed over the module's lines."""
+    """Return module -> column -> bytes, summed over the module's lines. The columns are "state_bytes",
+    "forward_bytes", "backward_bytes" and "optimizer_bytes"."""
     sums = dict[str, dict[str, int]]()
     for row in rows:
         of_module = sums.setdefault(row.module, dict.fromkeys(COLUMNS, 0))
@@ -99,9 +101,10 @@ def module_sums(rows: Iterable[ModuleMemory]) -> dict[str, dict[str, int]]:
 
 
 def largest_modules(rows: Sequence[ModuleMemory], peak_bytes: int) -> tuple[ModuleMemory, ...]:
-    """Return the rows of the modules that hold at least 1 % of ``peak_bytes`` in one of the columns, and one
-    row for all others. In each module, lines below 0.2 % become one row without a line. Sums stay the
-    same."""
+    """Return the rows of the modules that hold at least 1 % of ``peak_bytes`` in one of the columns (states,
+    forward, backward, optimizer), and one row with the name "(others)" for the remaining modules, if there
+    are any. In each module, lines that hold less than 0.2 % in every column become one row without a line.
+    Sums stay the same."""
     large = {
         module
         for module, sums in module_sums(rows).items()

@@ -22,9 +22,10 @@ class Candidate:
     """A tensor that backward needs and that may be dropped after forward and recomputed.
 
     ``number``: its index in ``Recording.storages``. ``gone``: clock from which forward does not need it.
-    ``first_need``: clock at which backward first needs it. ``sources``: numbers of other candidates that its
-    recomputation reads. ``calls``: indices in ``Recording.calls`` of the calls that recompute it. They
-    include those for intermediate tensors, which are not kept; ``between`` has the numbers of these.
+    ``first_need``: clock at which backward first needs it. ``sources``: numbers of the tensors that its
+    recomputation reads and that backward needs, too; some may be no candidates. ``calls``: indices in
+    ``Recording.calls`` of the calls that recompute it. They include those for intermediate tensors, which
+    are not kept; ``between`` has the numbers of these.
     """
 
     number: int

@@ -41,10 +41,11 @@ def simulate(
     "interleaved" or "zero-bubble"; any other fails an assertion.
 
     ``forward_s`` and ``backward_s``: seconds of one micro-batch through each stage, in the order of the
-    model. ``micro_batches``: their number in a step. ``virtual``: number of stages per rank, so there are
-    ``len(forward_s) / virtual`` ranks, and rank r has stages r, r + ranks, r + 2 x ranks, ... ``weight_s``:
-    the part of each stage's ``backward_s`` that no other work waits for (the gradients of weights); only
-    "zero-bubble" splits it off. None: zero. ``send_s``: seconds to send from one stage to the next.
+    model. ``micro_batches``: their number in a step. ``virtual``: number of stages per rank, which divides
+    the number of stages: there are ``len(forward_s) / virtual`` ranks, and rank r has stages r, r + ranks,
+    r + 2 x ranks, ... ``weight_s``: the part of each stage's ``backward_s`` that no other work waits for (the
+    gradients of weights); only "zero-bubble" splits it off. None: zero. ``send_s``: seconds to send from one
+    stage to the next.
     """
     assert kind in KINDS, kind
     stages = len(forward_s)
@@ -163,8 +164,9 @@ def _ready(
     send_s: float,
 ) -> float | None:
     """Return the time when a piece of work can start: when the work before it has ended, plus ``send_s`` if
-    that is on another stage. 0 if it needs no other work; None if the end of that work is not known yet.
-    ``kind``: `_FORWARD`, `_BACKWARD` or `_WEIGHT`.
+    that is on another stage. None if the end of that work is not known yet. 0 for a forward of the first
+    stage, and for a weight gradient, whose backward the rank does before it in any case. ``kind``:
+    `_FORWARD`, `_BACKWARD` or `_WEIGHT`.
     """
     if kind == _WEIGHT or (kind == _FORWARD and stage == 0):
         return 0.0

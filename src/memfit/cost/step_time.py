@@ -49,10 +49,12 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
     """Return the estimated seconds of a step of a plan that was not traced: ``compute_s``, the seconds of one
     rank's work, plus the exchange between ranks as far as it takes longer than half of ``compute_s``.
 
-    The exchange is an all-reduce of all gradients or, with fsdp2 or zero, a gather of the parameters and a
-    scatter of the gradients. ``parameters``: number of the model's parameters. ``micros``: number of
-    micro-batches of a step. This is accurate enough to decide which plans are worth a trace. Returns
-    ``compute_s`` for one rank, and None for several ranks on a CPU, which are not modelled.
+    The exchange is an all-reduce of all gradients or, with fsdp2 or zero, gathers of the parameters and a
+    scatter of the gradients. Parameters are gathered once per step if the ranks keep them (fsdp2 without
+    reshard, zero below stage 3), else twice per micro-batch. ``parameters``: number of the model's
+    parameters. ``micros``: number of micro-batches of a step. This is accurate enough to decide which plans
+    are worth a trace. Returns ``compute_s`` for one rank, and None for several ranks on a CPU, which are not
+    modelled.
     """
     if plan.ranks == 1:
         return compute_s

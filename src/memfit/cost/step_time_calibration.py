@@ -27,10 +27,11 @@ def correct_calibration(calibration: Calibration, seen: Seen, *, source: str) ->
     """Return ``calibration`` with corrections of predicted step times that are fitted to short real runs.
     They replace any that it has. It is returned unchanged if ``seen`` is empty.
 
-    ``seen``: for each run its plan and the measured step time over the predicted one, the latter without
-    corrections. The result's ``step_spread_ratio``, the new half-width of predicted intervals, is the largest
-    relative error of a run when it is predicted from the others, at least 0.05; with fewer than 3 runs it is
-    None, so that the intervals stay as they are. ``source``: name of the runs, for ``corrected_by``.
+    ``seen``: for each run its plan and the measured step time over the predicted one, above 0, the latter
+    without corrections. The result's ``step_spread_ratio``, the new half-width of predicted intervals, is the
+    largest relative error of a run when it is predicted from the others, at least 0.05; with fewer than 3
+    runs it is None, so that the intervals stay as they are. ``source``: name of the runs, for
+    ``corrected_by``.
     """
     if not seen:
         return calibration
@@ -79,9 +80,10 @@ def _fit(runs: Seen) -> tuple[float, dict[str, float]]:
 def merge_calibrations(old: Calibration, new: Calibration) -> Calibration:
     """Return two calibrations of this machine as one. At least one of them must have ``flops_s``.
 
-    Figures of an operator that both have are those of ``new``. Rates are the higher and overheads the lower
-    of both, because noise only slows. The load is the higher of both, and ``took_s`` the sum. The corrections
-    from real runs are those of ``old``.
+    Figures of an operator that both have are those of ``new``, and so are the number of threads and the power
+    without load. Rates are the higher and overheads the lower of both, because noise only slows. The load and
+    the share of waiting are the higher of both, and ``took_s`` the sum. The corrections from real runs are
+    those of ``old``.
     """
     rates = {k: max(c.flops_s.get(k, 0.0) for c in (old, new)) for k in {**old.flops_s, **new.flops_s}}
     overheads = [c.overhead_s for c in (old, new) if c.flops_s]

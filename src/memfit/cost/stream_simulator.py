@@ -341,8 +341,9 @@ def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
 
 
 def collective_size(op: OpCall) -> tuple[Any, ...]:
-    """Return (``kind``, ``size_bytes``) of a collective, as `collective_s` takes them. ("", 0) for other
-    operators and for collectives that it does not have.
+    """Return (``kind``, ``size_bytes``) of a collective, as `collective_s` takes them; a scatter and a reduce
+    to one rank count as "broadcast". ("", 0) for other operators, for sends, and for collectives that
+    `collective_s` does not model.
 
     For a synthetic collective (techniques/synthetic_kernel.py) the result is (``kind``, ``size_bytes``,
     number of ranks, how many of them are in each host).
@@ -354,7 +355,8 @@ def collective_size(op: OpCall) -> tuple[Any, ...]:
 
 
 def payload_bytes(op: OpCall) -> int:
-    """Return the bytes that a point-to-point send transfers."""
+    """Return the bytes that a point-to-point send (c10d.send) transfers: those of its first argument, a list
+    of tensors."""
     return _bytes(json.loads(op.signature)[1][0])
 
 

@@ -20,10 +20,10 @@ def with_batch_shape(job: Job, rows: int | None = None, length: int | None = Non
     Every step gets this batch. The result has neither ``loss_terms`` nor ``tokens_per_batch``, which belong
     to the job's own batches.
 
-    The old length is that of `length_of`; all dimensions of this size but the first of a tensor are lengths.
-    Raises UserError if a length is given and no tensor has a second dimension; if the samples cannot be
-    repeated, because the batch has an object or a list with an element for each sample; and if it has no
-    tensor with dimensions, or a nested one.
+    The old length is the most frequent size of dimensions other than the first (`length_of`); each such
+    dimension of this size is a length. Raises UserError if a length is given and no tensor has a second
+    dimension; if the samples cannot be repeated, because the batch has an object or a list with an element
+    for each sample; and if it has no tensor with dimensions, or a nested one.
     """
     batch = job.make_batch(0, 0)
     old_rows = batch_length(batch)

@@ -92,8 +92,8 @@ def _between(chain: _StepView, following: _StepView) -> PartCosts:
 
 
 def _sum(pieces: Sequence[PartCosts]) -> PartCosts:
-    """Return the costs of pieces that run one after the other as those of one piece: sums, and of the memory
-    peaks (``forward_top_bytes``, ``backward_top_bytes``) the highest."""
+    """Return the costs of pieces that run one after the other as those of one piece: the sums, of the memory
+    peaks (``forward_top_bytes``, ``backward_top_bytes``) the highest, and the collectives of all."""
     total = pieces[0]
     for piece in pieces[1:]:
         values = {name: getattr(total, name) + getattr(piece, name) for name in (*NUMBERS, *_TRAVELS)}
@@ -118,8 +118,8 @@ def _mean(pieces: Sequence[PartCosts], weights: Sequence[float]) -> PartCosts:
 
 @dataclasses.dataclass
 class _StepView:
-    """Access to the last step of ``trace``: its operators, its live bytes, and the runs of the blocks whose
-    module path is ``path``. ``seconds`` returns the total time of a sequence of operators."""
+    """Access to the last step of ``trace``: its operators, its live bytes, and the runs of the blocks in the
+    module at ``path``, such as "layers". ``seconds`` returns the total time of a sequence of operators."""
 
     trace: Trace
     path: str
@@ -167,7 +167,8 @@ class _StepView:
 
     def end(self, phase: Phase, index: int) -> int:
         """Return the clock of the first operator after the last operator of block ``index`` in ``phase`` of
-        the last step. If no operator follows within the phase, return the clock at which the phase ends.
+        the last step, in which the block must run. If no operator follows within the phase, return the clock
+        at which the phase ends.
         """
         last, span = self._of_block(phase, index)[-1].clock, self.span(phase)
         return next((o.clock for o in self.ops if last < o.clock < span.end), span.end)

@@ -73,13 +73,16 @@ class BlockTracer:
     set of techniques under which they were made.
 
     ``chains``: path of each stack of blocks that is predicted block by block -> number of its blocks; first
-    the one of `find_blocks`. Where there are several, such as an encoder's and a decoder's, "block" is the
-    mean over all their blocks. ``blocks``: number of blocks in all chains. ``is_single_chain``: whether there
-    is one chain, of blocks that are all alike, as pipeline and context parallelism need. ``experts``: number
-    of experts of a mixture, the greatest common divisor if mixtures differ; 0 if the model has none, or some
-    outside the blocks. ``expert_elements``: number of their trained elements in an average block.
+    the model's main stack (`find_blocks`). Where there are several, such as an encoder's and a decoder's,
+    "block" is the mean over all their blocks. ``blocks``: number of blocks in all chains.
+    ``is_single_chain``: whether there is one chain, of blocks that are all alike, as pipeline and context
+    parallelism need. ``experts``: number of experts of a mixture, the greatest common divisor if mixtures
+    differ; 0 if the model has none, or some outside the main stack. ``expert_elements``: number of their
+    trained elements in an average block. ``sharing``: the technique by which context-parallel ranks divide
+    each sample of this model.
 
-    Creating a BlockTracer raises UserError if the model has no repeated blocks.
+    Creating a BlockTracer raises UserError if the model has no repeated blocks, or none where the job says
+    that they are.
     """
 
     def __init__(self, job: Job, device: str) -> None:
@@ -116,8 +119,8 @@ class BlockTracer:
         """Return the costs of the model's pieces in the trace ``key``, which is made if it is not cached.
 
         ``seconds`` returns the total time of a sequence of operators. Raises UserError if the trace could not
-        be made, for example because the model cannot be divided by the degree, or if the blocks do not run as
-        `parts_of` needs.
+        be made, for example because the model cannot be divided by the degree, or if the blocks do not run
+        one after the other.
         """
         self.trace([key])
         result = self.outcomes[key]
@@ -129,7 +132,8 @@ class BlockTracer:
     def hidden_bytes(self, compute: str) -> float:
         """Return the bytes of one sample's hidden state between two blocks, in the precision ``compute``
         ("fp32", "autocast" or "bf16"): what a block that is recomputed in backward keeps from forward to
-        backward. Raises UserError as `parts` does."""
+        backward. Raises UserError if the trace cannot be made, or if the blocks do not run one after the
+        other."""
         key = Key(
             tensor=1,
             sequence=False,
@@ -143,7 +147,7 @@ class BlockTracer:
 
     def update_costs(self, uses: Uses, seconds: Seconds) -> UpdateCosts:
         """Return the costs of the optimizer's step under these techniques, per trainable element
-        (`update_costs_of`). The traces are made if they are not cached."""
+        (`update_costs_of`). The traces are made if they are not cached; if one fails, its error is raised."""
         if uses not in self.updates:
             self.trace((), [uses])
         return update_costs_of(*self.updates[uses], seconds)
@@ -214,9 +218,10 @@ class BlockTracer:
 
 def find_chains(model: torch.nn.Module, job: Job) -> dict[str, int]:
     """Return the module path of each stack of blocks that can be predicted block by block -> the number of
-    its blocks. The first is that of `find_blocks`. Other stacks follow if they have at least 3 blocks, alike
-    but for the first (`is_chain`), and at least a quarter of the first stack's parameters; smaller ones are
-    predicted with what runs before or after the blocks. Raises UserError as `find_blocks` does."""
+    its blocks. The first is the main stack: that at the job's ``blocks`` or, if the job names none, the one
+    with the most parameters. Other stacks follow if they have at least 3 blocks, alike but for the first
+    (`is_chain`), and at least a quarter of the main stack's parameters; smaller ones are predicted with what
+    runs before or after the blocks. Raises UserError if there is no main stack."""
     main_path, main_blocks = find_blocks(model, job.blocks)
     chains = {main_path: len(main_blocks)}
     for path, blocks in find_stacks(model, job.blocks).items():
@@ -240,7 +245,8 @@ def is_chain(model: torch.nn.Module, path: str, blocks: Sequence[torch.nn.Module
 
 
 def is_main_chain(job: Job) -> bool:
-    """Return whether the blocks of `find_blocks` are a chain (`is_chain`). False if the model has none."""
+    """Return whether a trace of the first blocks of the model's main stack (`find_blocks`) may stand for all
+    of them (`is_chain`). False if the model has no such stack."""
     model = fake_model(job)
     try:
         path, blocks = find_blocks(model, job.blocks)

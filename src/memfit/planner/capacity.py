@@ -74,7 +74,8 @@ class Cap:
 
 def memory_cap(cap_bytes: int, machine: Machine, engine_name: str = "native") -> Cap:
     """Return the memory limit of plans for the machine and engine: ``cap_bytes`` of a device, and the memory
-    of the host (`host_holds_under`)."""
+    of the machine's host, which is not limited on a CPU whose memory is less than ``cap_bytes``. Raises
+    UserError if there is no such engine."""
     return Cap(
         bytes=cap_bytes,
         needs=lambda estimate: needed_bytes(estimate, machine),
@@ -141,14 +142,16 @@ def expected_bytes(estimate: Estimate, machine: Machine) -> int:
 
 def fits_under(cap_bytes: int, machine: Machine) -> Fits:
     """Return a function that tells whether an estimate's plan fits: it needs at most ``cap_bytes`` on the
-    device (`needed_bytes`), and the host has the memory that it needs there (`host_holds_under`).
+    device (`needed_bytes`), and the host has the memory that it needs there, which is not checked on a CPU
+    whose memory is less than ``cap_bytes``.
     """
     return memory_cap(cap_bytes, machine).holds
 
 
 def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
-    """Return a function that tells whether the host has the memory that an estimate's plan needs there
-    (`host_holds`).
+    """Return a function that tells whether the host has the memory that an estimate's plan needs there. If
+    the host's memory is unknown, it has not enough for a plan that keeps tensors there, and enough for any
+    other.
 
     On a CPU with a cap above the machine's memory, the function always returns True: such a cap stands for
     the memory of another machine.

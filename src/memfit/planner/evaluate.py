@@ -230,8 +230,9 @@ class Predictor:
                 self._trace_parts(ordered, source_plans, progress, deadline, self._dependence_outcome)
 
     def trace_error(self, plan: Plan) -> str:
-        """Return why forward and backward under the plan cannot be traced with the job's model; "" if they
-        can. What is traced is kept as a part of sketches."""
+        """Return the text of the UserError that tracing forward and backward under the plan with the job's
+        model raises; "" if they can be traced. Other errors are raised. What is traced is kept as a part of
+        sketches."""
         part = SketchPart(_forward_backward_plan(plan), 1)
         try:
             if not self._load_part(*part):
@@ -246,7 +247,7 @@ class Predictor:
 
     def dependence_under(self, plan: Plan) -> SampleDependence | None:
         """Return `dependence` if the plan splits the batch into micro-batches or over data-parallel ranks,
-        else None.
+        else None. Raises UserError if the plan's degrees do not fit its ranks.
         """
         return self.dependence if splits_batch(plan) else None
 
@@ -263,8 +264,9 @@ class Predictor:
         return self.stored if self.stored is not None and self.stored.job is self.job else None
 
     def _run(self, call: Callable[[], Any]) -> CallOutcome:
-        """Return what the function returns, and whether it may be kept on disk; it may not if no predictions
-        are kept there."""
+        """Return what the function returns, and whether it may be kept on disk. It may not if no predictions
+        are kept there, or if the function read files or loaded modules that are no part of the job's
+        content."""
         stored = self._stored()
         return stored.run(call) if stored is not None else CallOutcome(call(), may_be_kept=False)
 
@@ -280,7 +282,7 @@ class Predictor:
     def resolve(self, plan: Plan) -> Plan:
         """Return the plan with the tensors to recompute chosen, if it has optimal-checkpointing with a memory
         budget and they are not chosen yet; any other plan is returned itself. Raises UserError if the budget
-        cannot be met.
+        cannot be met, or if the plan is not valid or cannot be traced.
         """
         if open_budget(plan) is None:
             return plan
@@ -451,14 +453,17 @@ class Predictor:
         return self.trace_kind, self.engine, self.job_facts.half_precision, *question
 
     def whole_in_time(self, plans: Iterable[Plan]) -> Iterator[Estimate]:
-        """Yield `whole` of each plan; those that would have to be traced after the deadline are left out."""
+        """Yield the estimate of each plan by its whole trace; plans that would have to be traced after the
+        deadline are left out. Raises UserError if the model does not support a plan."""
         for plan in plans:
             with contextlib.suppress(TimeUp):
                 yield self.whole(plan)
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """Return one estimate for every distinct rank of the plan (`Layout.distinct_ranks`), such as those of
-        the first, second and last stage of a pipeline. Raises UserError and TimeUp as `whole` does."""
+        the first, second and last stage of a pipeline. Raises UserError if the plan's memory budget for
+        recomputation cannot be met, or if the model does not support the plan; TimeUp if a trace would have
+        to be made after the deadline."""
         plan = self.resolve(plan)
         estimates = self._rank_estimates.get((plan, self.lines))
         if estimates is None:
@@ -611,8 +616,10 @@ class Predictor:
     def _in_order(
         self, parts: Iterable[SketchPart], plans: Iterable[Plan], counts: Mapping[SketchPart, int]
     ) -> list[SketchPart]:
-        """Return the parts in the order in which `prepare` traces them. The first setting of a technique is
-        the one in the first of ``plans`` that has it. ``counts``: number of the plans with a part."""
+        """Return the parts in the order in which they are traced: those with chunking last; of the others
+        those with the fewest techniques in another than their first setting first; of these, the parts of the
+        most plans first. The first setting of a technique is the one in the first of ``plans`` that has it.
+        ``counts``: number of the plans with a part."""
         first = dict[str, Use]()
         for u in (u for plan in plans for u in plan.uses):
             first.setdefault(u.technique, u)
@@ -785,8 +792,8 @@ class Predictor:
 
     def sketch(self, plan: Plan) -> Estimate:
         """Return the plan's estimate, composed from traces of parts without tracing the plan itself. Parts
-        that are not cached are traced, and so is plain training. Raises TimeUp if that would have to be after
-        the deadline.
+        that are not cached are traced, and so is plain training. Raises UserError if the model does not
+        support what is traced; TimeUp if a trace would have to be made after the deadline.
 
         For a micro-batch between the smallest one and the whole batch, numbers are interpolated linearly in
         the size of the micro-batch between the traces of these two. A peak so found is an upper bound,
@@ -911,7 +918,8 @@ class Predictor:
         return self._vectors[key]
 
     def _digest_part_outcome(self, plan: Plan, steps: int, keeps_trace: bool = False) -> CallOutcome:
-        """Return what `_digest_part` returns, and whether it may be kept on disk."""
+        """Trace a part. The value of the result is what `_digest_part` returns: what was seen, and the trace
+        as bytes, or b"" without ``keeps_trace``."""
         return self._run(lambda: self._digest_part(plan, steps, keeps_trace))
 
     def _digest_part(

@@ -135,6 +135,7 @@ class Elements:
 
 def depths(blocks: int, layout: GridLayout) -> tuple[int, ...]:
     """Return the number of blocks on each pipeline rank, in all of its virtual stages together; all blocks if
-    there is no pipeline. ``blocks``: number of blocks of the model.
+    there is no pipeline. ``blocks``: number of blocks of the model. Raises UserError if a stage would get
+    none.
     """
     return rank_blocks(blocks, layout.stages, layout.virtual, layout.schedule, layout.fewer)

@@ -98,8 +98,10 @@ class GridSketches:
     plans have it) -> of all predicted plans with it, or without it: the fastest one that fits, if there is
     one, and those that need the least device memory in their grids (the least first, at most 4), of the ones
     that fit host memory if there are any. ``considered``: number of plans whose time and memory were
-    predicted. ``picks``: what `_select_in_grid` selects in each grid. ``refused``: a text for each degree by
-    which the model cannot be divided and each technique that it cannot be traced with, which says why.
+    predicted. ``picks``: of each grid, the plans from which ``sketches`` are selected: among others the
+    fastest in each interval of device memory, and all of at most 400 plans. ``refused``: a text for each
+    degree by which the model cannot be divided and each technique that it cannot be traced with, which says
+    why.
     """
 
     sketches: tuple[Sketch, ...]
@@ -119,9 +121,11 @@ def find(traced: BlockTracer, machine: Machine, model: TimeModel, limits: Limits
     """Predict time and memory of every plan of the grids that ``limits`` allow, and return sketches of a
     selection: plans with these predictions.
 
-    Of at most 400 plans, all are kept. Of more, the selection is made in two steps: in each grid by
-    `_select_in_grid`, then among all of them by `_select`. Plans that do not fit are among them. Degrees by
-    which the model cannot be divided are left out, and so are techniques that it cannot be traced with.
+    Of at most 400 plans, all are kept. Of more, the selection is made in two steps: in each grid
+    (`_select_in_grid`), then among all of these (`_select`): the frontier of memory and time, also of plans
+    that do not fit; of each layout the fastest and the smallest that fit; and those at most 3 % slower than
+    the fastest that fits. Degrees by which the model cannot be divided are left out, and so are techniques
+    that it cannot be traced with.
 
     ``model`` predicts the seconds of operators. ``caps``: the highest (bytes on the device, bytes in host
     memory) with which a rank fits; from the first, the buffers of each layout's communicators are subtracted
@@ -358,9 +362,10 @@ class _GridPredictor:
     def best(
         self, parts: Sequence[tuple[Grid, str]], caps: Caps, keeps_all: bool
     ) -> list[tuple[int, list[_SketchFields], _Extremes]]:
-        """Return, for each (grid, compute precision) of ``parts``: (number of its plans, the plans that
-        `_select_in_grid` selects, or all if ``keeps_all``, and its `_extremes`); (0, [], {}) if the model
-        cannot run with the grid's layout."""
+        """Return, for each (grid, compute precision) of ``parts``: (number of its plans; the plans that
+        `_select_in_grid` selects, or all if ``keeps_all``; for each technique the fastest and the smallest
+        plans with and without it, as `_extremes` returns them); (0, [], {}) if the model cannot run with the
+        grid's layout."""
         results = list[tuple[int, list[_SketchFields], _Extremes]]()
         for grid, compute in parts:
             predictions = self.predict(grid, compute)
@@ -591,8 +596,9 @@ def _axis_positions(grid: Grid) -> Iterator[tuple[str, int, set[int]]]:
 def _merge_extremes(
     extremes: Sequence[tuple[Grid, _Extremes]], fits: Callable[[Sketch], bool], host_cap: float
 ) -> Mapping[tuple[str, bool], tuple[Sketch, ...]]:
-    """Return {(technique, whether plans have it): sketches} over all grids, from the ``extremes`` of each:
-    what `_ends_of` returns of those of all grids."""
+    """Return {(technique, whether plans have it): sketches} over all grids, from the ``extremes`` of each: of
+    those of all grids, the fastest that fits, if there is one, and the four that need the least device
+    memory. A key without sketches is left out."""
     layouts = {
         id(grid): {u.technique for u in grid.plan((0,) * 5).uses if u.technique in DIVIDING_TECHNIQUES}
         for grid, _ in extremes

@@ -104,9 +104,9 @@ class LargestValue:
 
     ``limit``: "memory"; "job" if the job refuses ``safe_next``, whose ``problem`` says why, although the
     memory would be enough; "none" if the needed memory hardly depends on the dimension; or "untried" if a
-    value fits above which memfit tries none (see `find_largest`). In the last two cases there is no next
-    value. ``traced``: every value that was tried, in ascending order. ``measured``: what ran under the cap,
-    None if nothing was run.
+    value of 65,536 times the first one fits, above which none is tried. In the last two cases there is no
+    next value. ``traced``: every value that was tried, in ascending order. ``measured``: what ran under the
+    cap, None if nothing was run.
     """
 
     dimension: str
@@ -167,7 +167,7 @@ LIMIT_TEXTS: Mapping[str, str] = {
 
 def batch_multiple(plan: Plan) -> int:
     """Return the number of which the plan's batch must be a multiple so that all micro-batches of all ranks
-    have equal sizes."""
+    have equal sizes. Raises UserError if the plan's degrees do not fit its ranks."""
     settings = [plan.get(name) for name in ("gradient-accumulation", "pipeline")]
     micro_batches = [int(use.settings.get("micro_batches", 1)) for use in settings if use is not None]
     return layout(plan).data * math.prod(micro_batches)
@@ -175,7 +175,8 @@ def batch_multiple(plan: Plan) -> int:
 
 def length_multiple(plan: Plan) -> int:
     """Return the number of which the length of a sample must be a multiple so that the plan's ranks can
-    divide it: of twice the context-parallel degree (1 without one) and of the tensor-parallel degree."""
+    divide it: of twice the context-parallel degree (1 without one) and of the tensor-parallel degree. Raises
+    UserError if the plan's degrees do not fit its ranks."""
     degrees = layout(plan)
     return math.lcm(2 * degrees.context if degrees.context > 1 else 1, degrees.tensor)
 

@@ -80,7 +80,9 @@ def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
 
 def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> int | None:
     """Return the next value to run: where memory, as measured at the largest value that ran, is predicted to
-    reach the cap. None if the values next to each other were run, or the job refuses all others."""
+    reach the cap; after three runs, every second time the middle between the largest that ran and the next
+    that did not. If none ran, it is 0.9 times the smallest that ran out of memory. None if the values next to
+    each other were run, or the job refuses all others."""
     step = prediction.step
     low, high = _bounds(runs)
     least = max(step, int(_RESOLUTION * low) // step * step)  # by which the next value is larger

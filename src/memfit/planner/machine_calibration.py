@@ -66,7 +66,7 @@ def calibrate(
     ``timing_s`` limits the number of operators: timing them would take about that many seconds on a machine
     of nominal speed (100 GFLOP/s, 10 GB/s). Without ``plans``, the limit is 5 seconds. The choice does not
     depend on how long the measurements take, so the same request finds the same stored times. Raises RunError
-    if the child process gives no result.
+    if the child process gives no result; UserError if one of the plans cannot be traced.
     """
     from memfit.cost.memory import step_ops
     from memfit.cost.op_time import signatures_to_time
@@ -111,8 +111,8 @@ def calibrate(
 
 def begin_calibration(predictor: Predictor, request: Request, progress: Progress) -> None:
     """Run the first calibration of a search (`calibrate` without plans). If the request says ``recalibrate``,
-    the timings stored for its device and number of threads are discarded first. Raises RunError as
-    `calibrate` does."""
+    the timings stored for its device and number of threads are discarded first. Raises RunError if the child
+    process that measures gives no result."""
     if request.recalibrate:
         CalibrationCache(_threads(request), device=calibrated_device(request)).forget()
     calibrate(predictor, request, progress)

@@ -51,12 +51,12 @@ def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
 def search_many_devices(plan_predictor: Predictor, ranks: int, request: MultiDeviceRequest) -> SearchResult:
     """Search plans for up to ``ranks`` devices of ``plan_predictor``'s machine and return the result.
 
-    Fewer devices are tried only for goals that can prefer them (see `counts`). The result's baseline is DDP
-    on ``ranks`` ranks, or on as many as the batch has samples if these are fewer. After ``plan_predictor``'s
-    deadline nothing further is traced once a plan fits, nor are further numbers of devices tried. Raises
-    NothingFits, with the changes that would help, if no plan meets memory, deadline and budget; UserError if
-    no plan is possible, for example because the batch cannot be divided, if the model has no repeated blocks,
-    or if the speed of the device is unknown.
+    Fewer devices are tried only for goals that can prefer them (see `counts`). The result's baseline is
+    plain training: DDP on ``ranks`` ranks, or on as many as the batch has samples if these are fewer. After
+    ``plan_predictor``'s deadline nothing further is traced once a plan fits, nor are further numbers of
+    devices tried. Raises NothingFits, with the changes that would help, if no plan meets memory, deadline and
+    budget; UserError if no plan is possible, for example because the batch cannot be divided, if the model
+    has no repeated blocks, or if the speed of the device is unknown.
     """
     predictor, goal = MultiDevicePredictor(plan_predictor, request), request.goal
 
@@ -139,10 +139,11 @@ def _finalists(
 ) -> list[Estimate]:
     """Return the estimates of the plans that are traced whole before one is recommended:
 
-    - those that `FinalistTracer` traces by its `run` and, for a model of at most 12 blocks, its `close`
-    - if none of these fits and there is time left, the plans of `trace_before_nothing_fits`, and then the
-      best by time and by cost if the deadline or the budget is set
-    - if one fits, those of `trace_for_bound`
+    - the most promising ones (`FinalistTracer.run`), and for a model of at most 12 blocks also those that may
+      be better than the best of these (`FinalistTracer.close`)
+    - if none of these fits and there is time left, those that need the least memory of the plans that may
+      fit, and then the best by time and by cost if the deadline or the budget is set
+    - if one fits, those that could be better than the best by most (`trace_for_bound`)
     """
     tracer = FinalistTracer(predictor, meets_limits)
     finalists = tracer.run(estimates, plain_plan)

@@ -4,6 +4,7 @@ plans are impossible, what more hardware would bring, and what would help if no 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -109,7 +110,8 @@ def trace_for_reasons(
     ``known``, plans with it; the techniques in the order of their names. Nothing is traced for a technique if
     such a plan was traced and fits. Else at most three are traced, until one fits: the best one by the goal
     whose sketch (its estimate before) fits, then those that need the least device memory. Plans that cannot
-    fit (`_may_fit`) are traced only if none was, and plans that cannot be traced are skipped.
+    fit, by the errors of the sketches seen so far, are traced only if none was, and plans that cannot be
+    traced are skipped.
 
     ``quick``: whether traces are quick. If not, nothing is traced for a technique if a sketch fits, and at
     most two plans are otherwise.
@@ -147,9 +149,9 @@ def trace_before_nothing_fits(
     predictor: MultiDevicePredictor, known: Sequence[Estimate], meets_limits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
     """Trace plans that are known only by their sketches in ``known`` (estimates from traces of parts) and may
-    fit (`_may_fit`), those that need the least device memory first, until one fits, and yield their
-    estimates: at most three, or twelve of a model of at most 12 blocks. Plans that cannot be traced are
-    skipped."""
+    fit by the errors of the sketches seen so far, those that need the least device memory first, until one
+    fits, and yield their estimates: at most three, or twelve of a model of at most 12 blocks. Plans that
+    cannot be traced are skipped."""
     tried = {e.plan for e in known if e.traced} | predictor.refused.keys()
     for _ in range(_QUICK_TRIES if predictor.traced.blocks <= QUICK_BLOCKS else _TRIES):
         may_fit = _may_fit(predictor)
@@ -166,8 +168,8 @@ def trace_before_nothing_fits(
 
 
 def _may_fit(predictor: MultiDevicePredictor) -> Callable[[Estimate], bool]:
-    """Return a function that tells whether the plan of a sketch may fit when it is traced, by the plans that
-    were traced so far (`may_fit_under`).
+    """Return a function that tells whether the plan of a sketch may fit device and host and keep to deadline
+    and budget when it is traced, by the errors of the sketches of the plans that were traced so far.
     """
     sketches, traced = [s for s, _ in predictor.pairs], [t for _, t in predictor.pairs]
     return may_fit_under(predictor.request.cap, predictor.bounds, sketches, traced)
@@ -288,15 +290,19 @@ def _more_memory(predictor: MultiDevicePredictor, known: Sequence[Estimate], ran
     it needs of it. Only plans that keep to the deadline and the budget count; for the first change, also only
     those for which the host has enough memory.
 
-    ``known``: the traced estimates, none of which fits both device and host. ``ranks``: as in `nothing_fits`.
+    ``known``: the traced estimates, none of which fits both device and host. ``ranks``: the largest number of
+    devices that was searched; its sketches count for the second change.
     """
     on_host = [e for e in known if within_bounds(predictor.bounds, e) and predictor.request.cap.host(e)]
     if on_host:
         extra_bytes = min(map(predictor.needs, on_host)) - predictor.request.cap.bytes
         yield f"{_rounded_up(extra_bytes / 2**30, 1)} GiB more on each device"
+    sketches: list[Estimate] = []
+    with contextlib.suppress(UserError):  # there may be plans for fewer devices only
+        sketches = predictor.estimates(ranks)
     on_device = [
         e
-        for e in (*known, *predictor.estimates(ranks))
+        for e in (*known, *sketches)
         if predictor.needs(e) <= predictor.request.cap.bytes and within_bounds(predictor.bounds, e)
     ]
     if on_device:

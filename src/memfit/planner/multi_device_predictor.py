@@ -132,8 +132,8 @@ class MultiDevicePredictor:
         return self.request.cap.holds(estimate)
 
     def sketches(self, ranks: int) -> GridSketches:
-        """Return the result of `grid_search.find` for ``ranks`` devices, which is searched in the first call.
-        Raises UserError if there is no plan for so many.
+        """Return the selected plans for ``ranks`` devices with their predictions (`grid_search.find`), which
+        are searched in the first call. Raises UserError if there is no plan for so many.
         """
         self.tried.add(ranks)
         if ranks not in self.grid_sketches:
@@ -272,7 +272,7 @@ class MultiDevicePredictor:
 
     def estimate(self, sketch: Sketch) -> Estimate:
         """Return the sketch as an `Estimate`, with energy, cost, CO2 and the memory of device and host added.
-        Its intervals are the sketch's peak +-15 % and its step time +-40 %.
+        The interval of its peak is +-15 %, that of its step time 1/1.4 to 1/0.6 of it.
         """
         estimate = estimate_of_sketch(
             sketch.plan,

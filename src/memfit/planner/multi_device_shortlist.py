@@ -49,7 +49,8 @@ class FinalistTracer:
     one, until no other plan may be better than the best traced one or enough traced plans fit: 3, or 4 to 12
     of a model of at most 12 blocks.
 
-    How good a plan may be follows from its sketch (see `hoped_score`). If a traced plan does not fit the
+    How good a plan may be follows from its sketch and from the errors of the sketches of plans that were
+    traced (see `hoped_score`). If a traced plan does not fit the
     device, the factor by which it needs more than its sketch is noted; other plans whose sketches would
     exceed the cap after multiplication by the largest such factor are not traced. For a model of at least 13
     blocks, no plan is traced for a gain of 3 % or less.

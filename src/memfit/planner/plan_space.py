@@ -35,7 +35,7 @@ def usable(
     A technique is left out in the first of these cases that applies, with one reason in all but the third:
 
     - its packages are not installed
-    - it is gradient-accumulation, and `may_split` is false for ``dependence``
+    - it is gradient-accumulation, and the batch may not be split into micro-batches (`may_split`)
     - it does not support the device or the job, or proposes no setting for the job
     - it changes the numbers by more than ``accuracy`` allows, unless it is data parallelism, which is asked
       for explicitly

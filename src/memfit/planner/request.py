@@ -187,8 +187,8 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
     machine and engine).
 
     ``replicas``: whether every rank trains samples of its own. If so, and if the batch has fewer samples than
-    there are ranks, raises UserError. Also raises it if the job cannot be loaded, or if it names blocks or a
-    head that its model does not have.
+    there are ranks, raises UserError. Also raises it if the job cannot be loaded, if it names blocks or a
+    head that its model does not have, or if the environment variable ``MEMFIT_CACHE_LIMIT`` is no size.
     """
     job, ranks = load(request.job_ref), request.ranks
     if replicas and job.batch_size < ranks:

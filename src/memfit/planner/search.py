@@ -361,9 +361,10 @@ def _with_baseline(result: SearchResult, own: Estimate, *, fits: bool) -> Search
 def _split_as_it_is(
     request: Request, predictor: Predictor, unsearched: tuple[Reason, ...]
 ) -> tuple[Request, tuple[Reason, ...]]:
-    """Return the request and the reasons ``unsearched``. They are changed if the training as it is splits its
-    batch and the samples depend on each other: plans then keep its micro-batches, which change nothing, and a
-    reason says that other numbers of micro-batches were left out."""
+    """Return the request and the reasons ``unsearched``. They and the ``predictor`` are changed if the
+    training as it is splits its batch and the samples depend on each other: plans then keep its
+    micro-batches, which change nothing, and a reason says that other numbers of micro-batches were left
+    out."""
     count, dependence = request.baseline.micro_batches, predictor.dependence
     if count == 1 or dependence.kind is not DependenceKind.DEPENDENT:
         return request, unsearched
@@ -576,7 +577,7 @@ def _reduce_batch(
     if request.machine.device.is_host:
         free_bytes //= request.ranks
     while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
-        smaller_job = dataclasses.replace(request.job_ref, batch=job.batch_size // 2)
+        smaller_job = dataclasses.replace(request.job_ref, batch=max(request.ranks, job.batch_size // 2))
         request = dataclasses.replace(request, job_ref=smaller_job)
         job, predictor = make_predictor(request)
         limit_micro_batches(predictor, request.accuracy)

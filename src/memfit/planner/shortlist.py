@@ -71,8 +71,8 @@ def trace_until_some_fit(
     """Trace further plans, in at most 3 rounds, until ``most`` - 6 of the ``chosen`` and the further plans
     together fit, or no other plan may fit. Return the further ones.
 
-    The plans of a round are those of `more_finalists`. ``trace`` is called with them to trace them. ``whole``
-    returns the estimate of a plan.
+    A round has as many plans as are missing, the best by the goal of those that may fit first
+    (`more_finalists`). ``trace`` is called with them to trace them. ``whole`` returns the estimate of a plan.
     """
     added: list[Plan] = []
     for _ in range(_ROUNDS):
@@ -95,8 +95,9 @@ def trace_until_one_fits(
     cap: Cap,
     bounds: Bounds,
 ) -> list[Plan]:
-    """If none of the ``chosen`` plans fits, trace others that may fit (`may_fit_under`), those that need the
-    least device memory first, in at most 3 rounds of 4, until one fits. Return them.
+    """If none of the ``chosen`` plans fits, trace others that may fit by the errors of the sketches seen so
+    far, those that need the least device memory first, in at most 3 rounds of 4, until one fits. Return
+    them.
 
     ``trace`` is called with the plans of a round to trace them. ``whole`` returns the estimate of a plan.
     """

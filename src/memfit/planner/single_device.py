@@ -158,7 +158,7 @@ def estimate_plans(
     another optimizer to matter, else None. The sketches are appended to ``sketches``, so that the caller has
     them if the search is interrupted; after the predictor's deadline they lack those for which parts were not
     traced in time. Raises UserError if the requested micro-batch does not divide the batch, or if no plan has
-    it.
+    it; RunError if operators cannot be timed.
     """
     dependence = predictor.dependence if predictor.job.batch_size > 1 else None
     usable_techniques, left_out = usable(

@@ -94,7 +94,7 @@ class BestCaseEstimates:
 
     def of(self, sketch: Estimate) -> tuple[float, float]:
         """Return (the lowest score by the goal, the least bytes of a device) that the trace of the sketch's
-        plan may show."""
+        plan may show: those of the sketch if no plan was both sketched and traced."""
         distance, score_ratio, need_ratio = min(
             ((_distance(sketch.plan, plan), *ratios) for plan, *ratios in self._ratios),
             default=(0.0, 1.0, 1.0),
@@ -134,7 +134,8 @@ def may_fit_under(
 
 
 def _faster(sketch: Estimate, ratio: float) -> Estimate:
-    """Return the sketch with step time and money multiplied by ``ratio``."""
+    """Return the sketch with its step time, except the high end, and its money multiplied by ``ratio``, at
+    most 1."""
     step = sketch.step_s
     return dataclasses.replace(
         sketch,

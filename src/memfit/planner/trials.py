@@ -286,7 +286,8 @@ def few_steps(planning: Planning, plan: Plan, steps: int, *, expected_s: float) 
     ``expected_s``: predicted seconds of a step. A run is stopped after 120 s plus ten times the predicted
     time of its steps. Memory is limited to the cap of the search. The plan runs on the request's engine, or
     on native, memfit's own engine, if that does not support it. For several ranks, the measurement is that of
-    the first failed rank, or, if none failed, of the rank with the highest peak.
+    the first failed rank, or, if none failed, of the rank with the highest peak. A run that fails is not an
+    error; UserError is raised only if Megatron-LM, as the engine, cannot build the job's model.
     """
     request, job = planning.request, planning.job
     name = "native" if engine(request.engine).refusals(plan) else request.engine

@@ -20,7 +20,8 @@ def workload_of(job: Job, machine: str = "") -> Workload:
     sample, which of "batch" and "length" the user did not set, and the machine.
 
     The model is built without memory to count its parameters. If the job gives no number of tokens, the
-    length or shape is that of a sample of its first batch. ``machine``: the machine's name; "" for none.
+    length or shape is that of a sample of its first batch; UserError is raised if that batch has tensors
+    outside the host's memory. ``machine``: the machine's name; "" for none.
     """
     length = job.tokens_per_batch // job.batch_size if job.batch_size > 0 else 0
     workload = Workload(
@@ -60,7 +61,7 @@ def _with_shape(workload: Workload, job: Job) -> Workload:
     dimension. If that is one-dimensional and of integers, its size is set as the length instead of a shape.
 
     Only tensors with at least two dimensions count. If the batch has none, the workload is returned
-    unchanged.
+    unchanged. Raises UserError if the batch has tensors outside the host's memory.
     """
     leaves = _pytree.tree_leaves(check_on_host(job.make_batch(0, 0)))
     samples = [t for t in leaves if isinstance(t, torch.Tensor) and t.dim() > 1]

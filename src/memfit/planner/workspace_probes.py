@@ -49,8 +49,8 @@ def probe_workspaces(predictor: Predictor, plan: Plan) -> None:
 
     They are read from the results stored on disk; operators without a stored result are probed in a child
     process, and the results are stored. The calibration's number of threads becomes that of torch in this
-    process. Workspaces that cannot be probed stay unknown; `cost.estimate` then adds an upper bound of them
-    to the upper end of the predicted peak.
+    process. Workspaces that cannot be probed stay unknown; the upper end of the predicted peak then has an
+    upper bound of them. Raises UserError if the plan cannot be traced.
     """
     predictor.recalibrate(dataclasses.replace(predictor.calibration, threads=torch.get_num_threads()))
     stored_probes = _StoredProbes.of(predictor.calibration.threads)
