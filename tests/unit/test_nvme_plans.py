@@ -108,6 +108,11 @@ def test_a_search_has_plans_with_optimizer_state_on_nvme_only_if_the_rate_of_sto
     bare = dataclasses.replace(ON, host=dataclasses.replace(ON.host, storage_bytes_s=None))
     assert storage_rates(bare, model, 2) is None
     assert storage_rates(ON, model, 2) == StorageRates(read_bytes_s=3e9, write_bytes_s=1.5e9)
+    copies = Calibration(flops_s={"float32": 1e13}, bandwidth_bytes_s=1e12, disk_bytes_s=25e9)  # to the host
+    timed = time_model(ON.device, copies)
+    assert timed is not None
+    assert storage_rates(ON, timed, 2) == StorageRates(read_bytes_s=3e9, write_bytes_s=1.5e9)
+    assert storage_rates(bare, timed, 2) is None
     plan = Plan(uses=(_use(("parameters", "bf16")),), ranks=2)
     untimed = dataclasses.replace(predictor(), machine=bare).whole(plan)
     assert untimed.step_s is None

@@ -158,7 +158,8 @@ def host_memory(
 
 def _offload(tensors: HostTensors, plan: Plan) -> Interval:
     """Return the bytes of host memory that the tensors which a rank keeps there take beside an accelerator.
-    Pinned blocks count as rounded up to a power of two (see `host_memory`)."""
+    Blocks that may be pinned count as rounded up to a power of two; if their sizes are unknown, the upper end
+    counts them twice, and the value once."""
     kept_bytes, optimizer_bytes = tensors.kept_bytes, tensors.optimizer_bytes
     pinning = [(technique(u.technique), u.settings) for u in plan.uses]
     pinning = [(t, settings) for t, settings in pinning if t.pins_host_memory]

@@ -178,8 +178,9 @@ class Kernels:
 
 
 def kernels(device: Device) -> Kernels | None:
-    """Return the device's rates. Shares that the catalog does not have are those of `ASSUMED_RATIOS`. None if
-    the peak FLOP/s or the memory bandwidth of the device is unknown.
+    """Return the device's rates. Shares that the catalog does not have are those of `ASSUMED_RATIOS`; without
+    a number of multiprocessors there are 128. None if the peak FLOP/s or the memory bandwidth of the device
+    is unknown.
     """
     if not device.peak_flops or device.bandwidth_bytes_s is None:
         return None

@@ -74,8 +74,8 @@ def module_memory(trace: Trace, fold: Callable[[str], str], place: Place) -> tup
 
 
 def _peak_clocks(trace: Trace) -> dict[Phase, int]:
-    """Return the clock at which each phase of `PHASES` that was traced has its first highest level of live
-    bytes; the level at the start of a phase counts."""
+    """Return the clock at which forward, backward and optimizer, as far as they were traced, have their first
+    highest level of live bytes; the level at the start of a phase counts."""
     clock, live = levels(trace)
     highest: dict[Phase, tuple[int, int]] = {}
     for span in trace.spans:

@@ -69,7 +69,8 @@ class TimeModel:
         - the time that the calibration has for exactly this signature, plus ``overhead_s``
         - the time by ``kernels``, from the operator's class and shape
         - `roofline_s` over the efficiency, plus ``overhead_s``. The efficiency is interpolated in the curve
-          of the same operator and dtype (or float32); without a curve it is ``efficiency_ratio``.
+          of the same operator and dtype (or float32), and beyond its ends that of the nearer end; without a
+          curve it is ``efficiency_ratio``.
         """
         if op.op.startswith((*COLLECTIVES, STREAMS)):
             return 0.0
@@ -183,9 +184,9 @@ def signatures_to_time(
     """Return the distinct signatures of ``ops``, which are (operator, calls per step), that are not in
     ``known`` and should be timed.
 
-    They come in the order of `signatures_by_weight`. Another one is added as long as timing the ones before
-    it would take less than ``timing_s`` seconds on a machine of nominal rates (100 GFLOP/s, 10 GB/s), so the
-    last may exceed the budget.
+    They are sorted by the seconds of all their calls, longest first. Another one is added as long as timing
+    the ones before it would take less than ``timing_s`` seconds, so the last may exceed that. Seconds are
+    those of a machine of nominal rates (100 GFLOP/s, 10 GB/s).
     """
     pairs = list(ops)
     weights_s = {op.signature: nominal_s(op) for op, _ in pairs}

@@ -94,10 +94,11 @@ def storage_rates(machine: Machine, model: TimeModel, local_ranks: int) -> Stora
     """Return the rates of local storage for each of ``local_ranks`` ranks of one host; None if they are
     unknown.
 
-    If the rate of this machine's disk was measured, as a file is written and read back through the page
-    cache, that counts; else the host's ``storage_bytes_s``, whose low end is the rate of writes.
+    If the device is this machine's processor and the rate of its disk was measured, as a file is written and
+    read back through the page cache, that counts; else the host's ``storage_bytes_s``, whose low end is the
+    rate of writes.
     """
-    if model.calibration.disk_bytes_s:
+    if machine.device.is_host and model.calibration.disk_bytes_s:
         rate = model.calibration.disk_bytes_s / local_ranks
         return StorageRates(read_bytes_s=rate, write_bytes_s=rate)
     fact = machine.host.storage_bytes_s if machine.host else None
@@ -138,8 +139,8 @@ def host_bytes_s(machine: Machine, model: TimeModel) -> float:
     """Return the bytes/s between one device and its host's memory while all devices of the host copy: the
     lower of ``host.device_bytes_s`` and an equal part of ``host.shared_bytes_s``.
 
-    If the machine has no host or its ``device_bytes_s`` is None, or if the rate of writing to disk was
-    measured, the result is ``model.offload_bytes_s``.
+    If the machine has no host or its ``device_bytes_s`` is None, or if the rate of offloading was measured
+    here (to disk on a processor, to the host's memory on an accelerator), it is ``model.offload_bytes_s``.
     """
     host = machine.host
     if host is None or host.device_bytes_s is None or model.calibration.disk_bytes_s:

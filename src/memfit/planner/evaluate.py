@@ -216,7 +216,8 @@ class Predictor:
         """Test whether samples depend on each other (`dependence`) in one process, while others trace the
         parts of the sketches of ``plans``, none of which splits the batch: a search needs these whatever the
         answer is. Do nothing if the answer is known, or if no part is left to trace. After the deadline the
-        answer may still be unknown. ``progress`` is called as in `prepare`."""
+        answer may still be unknown. ``progress(done, count, label)`` is called whenever a trace begins or
+        ends, with the numbers of finished and of all parts, and the label of a part's plan."""
         stored, is_known = self._stored(), "dependence" in self.__dict__
         if is_known or (stored is not None and stored.has("dependence", trial_limit_bytes())):
             return
@@ -588,9 +589,10 @@ class Predictor:
 
         The order is such that a deadline leaves out what matters least: parts with chunking come last, those
         with the first setting of each technique first, and of these, the parts of the most plans. Parts in
-        which some blocks are recomputed are put together from others (`compose`). ``progress`` is called as
-        in `trace_all`, with the label of the part's plan. Raises TimeUp if the deadline passes before all
-        parts are traced; the caller then calls `compose`.
+        which some blocks are recomputed are put together from others (`compose`). ``progress(done, count,
+        label)`` is called whenever a trace begins or ends, with the numbers of finished and of all parts, and
+        the label of a part's plan. Raises TimeUp if the deadline passes before all parts are traced; the
+        caller then calls `compose`.
         """
         plans = list(plans)
         counts = Counter(part for composed_plan in plans for part in self._composed_of(composed_plan)[1])
@@ -683,8 +685,10 @@ class Predictor:
         progress: Callable[[int, int], None] = lambda done, index: None,
         deadline: Deadline | None = None,
     ) -> None:
-        """Make the calls in parallel, and add the parts, or the `dependence`, that they return. ``progress``
-        and ``deadline`` are those of `run_parallel`; None: the predictor's deadline."""
+        """Make the calls in parallel, and add the parts, or the `dependence`, that they return.
+        ``progress(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and
+        call ``index`` is running or has just ended. Raises TimeUp if ``deadline`` passes before all are made;
+        None: the predictor's deadline."""
         results: dict[int, CallOutcome] = {}
         deadline = deadline or self.deadline
         try:

@@ -547,7 +547,7 @@ def _extremes(grid: Grid, predictions: GridPredictions, caps: Caps) -> _Extremes
     """Return {(technique, whether plans have it): plans} for each technique of the grid's plans: of the plans
     with it, or without it, the fastest that fits, if there is one, and the one that needs the least device
     memory, of those that fit host memory if there are any. The key ("", False) stands for all plans of the
-    grid. ``caps``: as in `_select_in_grid`."""
+    grid. ``caps``: the highest (bytes on the device, bytes in host memory) of a rank that fit."""
     host_fits = predictions.host_bytes <= caps[1]
     fitting = (predictions.allocated_bytes <= caps[0]) & host_fits
     orders = (

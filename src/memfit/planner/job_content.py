@@ -90,9 +90,10 @@ def job_content(ref: JobRef, job: Job) -> JobContent | None:
     """Return the content of the job that ``ref`` names and `load` has returned.
 
     None if it cannot be known: for jobs that exist in this process only, if batches differ between two calls
-    with the same arguments, if the job's files have more than 256 MiB or it has very many values, if one of
-    these is of a type whose content cannot be read, or if a file of the job or of memfit has changed after
-    this process has loaded it. Errors of the job's functions that make its model and batches are raised.
+    with the same arguments, if the job's files have more than 256 MiB, if it has more than 300,000 values or
+    a tensor of more than 1 GiB, if a value is of a type whose content cannot be read, or if a file of the job
+    or of memfit has changed after this process has loaded it. Errors of the job's functions that make its
+    model and batches are raised.
     """
     if ref.spec in registry.of_this_process() or _memfit_changed_s() > process_start():
         return None

@@ -328,8 +328,8 @@ def prober(
     prepare: Callable[[Predictor, Plan], None] = lambda predictor, plan: None,
 ) -> Callable[[int], TracedSize]:
     """Return a function that traces the plan at one value: on the job ``job_of(value)``, and the machine,
-    engine and calibration of ``base``. If the job or the trace refuses the value, its result says so
-    (``problem``); nothing is raised.
+    engine and calibration of ``base``. If the job or the trace fails at the value, with UserError or an error
+    such as RuntimeError or ValueError, nothing is raised, and the ``problem`` of its result says why.
 
     ``prepare`` is called with the predictor of that job and the plan if the first estimate is near the cap
     (at most 10 % above as expected) and does not fit; the value is then estimated again. Whether samples

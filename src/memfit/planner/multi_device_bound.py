@@ -108,8 +108,9 @@ def trace_for_bound(
 
 
 def family(uses: Sequence[Use]) -> Family:
-    """Return the family of a plan with these techniques: the sorted names of those that divide the model,
-    then the name of the data-parallel one, if there is one."""
+    """Return the family of a plan with these techniques: the sorted names of those that divide the model
+    (tensor-, context-, axial- or expert-parallel, pipeline), then the name of the data-parallel one, if there
+    is one."""
     data = [u.technique for u in uses if technique(u.technique).slot == "data-parallel"]
     return (*sorted({u.technique for u in uses if u.technique in DIVIDING_TECHNIQUES}), *data)
 

@@ -365,7 +365,8 @@ def nothing_fits(
       and keeps to the bounds, if there is one.
 
     ``known``: the traced estimates, at least one. ``ranks``: the largest number of devices that was searched.
-    ``unfinished``: as in NothingFits; numbers of devices are then not tried.
+    ``unfinished``: a text that says that the search was not finished, for the error's message; numbers of
+    devices are then not tried. "": it was.
     """
     goal, cap_bytes = predictor.request.goal, predictor.request.cap.bytes
     smallest = min(known, key=lambda e: (predictor.needs(e), effect_then_size_key(e.plan, e.dependence)))

@@ -288,8 +288,8 @@ class MultiDevicePredictor:
         return dataclasses.replace(self.machine, device_count=ranks)
 
     def trace_or_refuse(self, sketch: Estimate) -> Estimate | None:
-        """Return the plan's estimate by its whole trace, as `whole` does. If the plan cannot be traced, note
-        why in ``refused`` and return None. Raises TimeUp if the trace would have to be made after the
+        """Return the plan's estimate by its whole trace (`whole`). If the plan cannot be traced, note why in
+        ``refused`` and return None. Raises TimeUp if the trace would have to be made after the
         deadline."""
         try:
             return self.whole(sketch)

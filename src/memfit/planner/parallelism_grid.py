@@ -248,7 +248,8 @@ def _layouts(limits: Limits) -> Iterator[GridLayout]:
 def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int, tuple[int, int]]]:
     """Yield (stages, schedule, virtual, fewer): first (1, "", 1, (0, 0)), no pipeline, then all pipelines
     that the limits allow and whose number of stages divides ``ranks``. Each is yielded with an even division
-    of the blocks, (0, 0), and then with `_best_fewer` if that makes its busiest rank quicker."""
+    of the blocks, (0, 0), and then with fewer of them in the first and the last stage if that makes its
+    busiest rank quicker (`_best_fewer`)."""
     for stages, schedule, virtual in _even_pipelines(limits, ranks):
         yield stages, schedule, virtual, (0, 0)
         if stages > 1:
@@ -262,9 +263,10 @@ def _best_fewer(
     blocks: int, stages: int, virtual: int, schedule: str, ends: tuple[float, float]
 ) -> tuple[int, int]:
     """Return how many blocks fewer the first and the last stage should have, so that the busiest rank has the
-    least work. ``ends``: as in `Limits`. Return (0, 0) unless that rank has over 3 % less work than with an
-    even division. Of equally good divisions, the one nearest to an even one is returned. The schedule
-    "zero-bubble-v" has both ends on one rank and is always divided evenly.
+    least work. ``ends``: times of what lies before and after all blocks, over that of one block. It is
+    (0, 0) unless that rank has over 3 % less work than with an even division. Of equally good divisions, the
+    one nearest to an even one is returned. The schedule "zero-bubble-v" has both ends on one rank and is
+    always divided evenly.
     """
     if schedule == "zero-bubble-v":
         return 0, 0
@@ -288,8 +290,9 @@ def _best_fewer(
 def rank_blocks(
     blocks: int, stages: int, virtual: int, schedule: str, fewer: tuple[int, int]
 ) -> tuple[int, ...]:
-    """Return the number of blocks on each of ``stages`` pipeline ranks, in all its ``virtual`` stages. Raises
-    UserError if a stage would get none.
+    """Return the number of blocks on each of ``stages`` pipeline ranks, in all its ``virtual`` stages.
+    ``fewer``: blocks that the first and the last stage have fewer than an even share. Raises UserError if a
+    stage would get none.
     """
     sizes = stage_sizes(blocks, stages * virtual, *fewer)
     if schedule == "zero-bubble-v":  # the last stage is on the first rank

@@ -21,10 +21,10 @@ def kind(plan: Plan) -> tuple[object, Degrees]:
     """Return (kind, degrees) of a plan. The predictions for plans that agree in both have similar errors if
     they are sketches, composed from traces of parts.
 
-    Plans are of the same kind if they have the same techniques that divide the model (`DIVIDING_TECHNIQUES`)
-    and the same data-parallel technique, all with the same settings, except degrees, numbers of micro-batches
-    and sizes of stages of the dividing ones. Degrees: (technique, setting) -> number of ranks, pipeline
-    stages or virtual stages.
+    Plans are of the same kind if they have the same techniques that divide the model (tensor-, context-,
+    axial- or expert-parallel, pipeline) and the same data-parallel technique, all with the same settings,
+    except degrees, numbers of micro-batches and sizes of stages of the dividing ones. Degrees: (technique,
+    setting) -> number of ranks, pipeline stages or virtual stages.
     """
     dividing_settings = [
         (u.technique, k, v) for u in plan.uses if u.technique in DIVIDING_TECHNIQUES for k, v in u.knobs

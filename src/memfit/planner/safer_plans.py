@@ -92,7 +92,8 @@ def safer_plan(
     - ``failed`` with optimal-checkpointing, which recomputes as many tensors as it takes
     - the third of these with activation offload, too
 
-    Raises one of `FAILURES` if ``failed`` cannot be predicted.
+    If ``failed`` cannot be predicted, the error is raised: UserError, or one of `FAILURES`, such as
+    RuntimeError.
     """
     if _probes(predictor):
         probe_workspaces(predictor, failed)
@@ -223,8 +224,8 @@ class _Search:
         return False
 
     def _may_split(self) -> bool:
-        """Return whether the batch may be cut into more micro-batches: if sums may be reordered (E1), and if
-        the samples are independent, or not known to be dependent and already cut."""
+        """Return whether the batch may be cut into more micro-batches: if the failed plan's effect class is
+        at least E1 (sums are reordered), and the samples are independent, or not tested and already cut."""
         if effect_of(self.failed) < EffectClass.E1:
             return False
         kind = self.predictor.dependence.kind
@@ -271,7 +272,8 @@ def _probes(predictor: Predictor) -> bool:
 
 
 def _core(plan: Plan) -> Plan:
-    """Return the plan without the techniques in which a safer plan may differ."""
+    """Return the plan without the techniques in which a safer plan may differ: gradient accumulation,
+    recomputation, activation offload and chunking."""
     uses = tuple(
         u
         for u in plan.uses

@@ -73,10 +73,10 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     """Search the best plan for the request and return the finished search.
 
     On a machine of the catalog with several devices, plans with tensor, context, pipeline and data
-    parallelism are searched if the model has at least 3 blocks, all alike. Otherwise, only plans that divide
-    the batch over the ranks are searched. ``must_run``: if the request is for this machine, halve the batch
-    until plain training fits the free memory, or has one sample per rank; the returned request has the new
-    batch.
+    parallelism are searched if the model has at least 3 blocks, all but the first alike. Otherwise, only
+    plans that divide the batch over the ranks are searched. ``must_run``: if the request is for this machine,
+    halve the batch until plain training fits the free memory, or has one sample per rank; the returned
+    request has the new batch.
 
     Raises NothingFits with the least memory that would be enough; UserError if the request or the job is
     wrong, or if dividing the batch over ranks would change the training by more than the request's accuracy
@@ -533,8 +533,8 @@ def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Pl
     """Search plans with tensor, context, pipeline and data parallelism for up to the request's ranks.
 
     Returns None, without a search, if the model has fewer than 3 blocks or they are not alike; the first may
-    have more parameters than the others. Raises NothingFits if no plan fits, and UserError if
-    `search_many_devices` does or the job cannot be loaded.
+    have more parameters than the others. Raises NothingFits if no plan fits, and UserError if no plan is
+    possible for so many ranks, if the speed of the device is unknown, or if the job cannot be loaded.
     """
     from memfit.planner.block_costs import BLOCKS
     from memfit.planner.block_traces import is_main_chain

@@ -26,8 +26,8 @@ class SearchProgress:
 
     ``predicted``, ``unpredicted``: numbers of plans that were sketched, and that there was no time to sketch.
     ``limit_s``: the time limit in seconds; None: none; 0: the search answered from what an earlier one had
-    kept on disk. ``unknown``: why there is no bound, whatever was traced: "goal" or "not_searched"; "" if
-    there may be one.
+    kept on disk. ``unknown``: why there is no bound, whatever was traced: "goal" (the fewest devices) or
+    "not_searched" (there was no time for some numbers of devices); "" if there may be one.
     """
 
     predicted: int
@@ -43,7 +43,8 @@ class UntracedPlans:
 
     ``lowest``: the lowest score that one of them may have. ``contenders``: number of those that may be better
     than the best traced one. ``first``: one with that score, for callers that trace it. ``unknown``: why
-    there is no such score, as in `SearchExtent.gain_unknown`; "" if there is.
+    there is no such score, such as "few_pairs" (too few plans both sketched and traced) or "no_score" (the
+    score of a sketch is unknown); "" if there is.
     """
 
     lowest: float = math.inf

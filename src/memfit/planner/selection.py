@@ -50,9 +50,9 @@ def timed_band(spread_ratio: float) -> EqualityBand:
     """Return `TIMED`, 0.07 to 0.14, widened by how much more than usual repeated operator calls differ on
     this machine.
 
-    ``spread_ratio``: by how much they differ, as in `Calibration`; up to 0.05 is usual. The widening is at
-    most 0.18 at the low end, and twice that at the high end, so that noise never makes a plan count as equal
-    that is predicted to take far longer.
+    ``spread_ratio``: by how much they differ (`Calibration.spread_ratio`); up to 0.05 is usual. The widening
+    is at most 0.18 at the low end, and twice that at the high end, so that noise never makes a plan count as
+    equal that is predicted to take far longer.
     """
     widening = min(_WIDEST, max(0.0, spread_ratio - _USUAL_SPREAD_RATIO))
     return EqualityBand(TIMED.low + widening, TIMED.high + 2 * widening)

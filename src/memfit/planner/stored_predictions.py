@@ -70,8 +70,8 @@ class StoredPredictions:
         return CallOutcome(value, self.content.covers(opened))
 
     def get_or_compute(self, type_: Any, call: Callable[[], _T], kind: str, *facts: Any) -> _T:
-        """Return the entry, or if there is none what ``call`` returns, which becomes the entry. None is not
-        kept."""
+        """Return the entry, or if there is none what ``call`` returns. That becomes the entry if it is not
+        None, and if the call read no files and loaded no modules that are not in the job's content."""
         entry: _T | None = self.read(type_, kind, *facts)
         if entry is not None:
             return entry

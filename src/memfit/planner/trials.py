@@ -82,9 +82,9 @@ def choose_by_trials(planning: Planning, progress: Progress, *, measure_s: float
 
 
 class _Trials:
-    """The runs so far. For each plan: its predicted seconds of a step (``predicted``), measured step times
-    (``times``), in which round each of these was measured (``rounds``), highest peak (``peaks``), or a text
-    that says why its run failed (``failed``).
+    """The runs so far. For each plan that was run: its predicted seconds of a step (``predicted``); if a run
+    succeeded, measured step times (``times``), in which round each of these was measured (``rounds``), and
+    highest peak (``peaks``); else a text that says why its run failed (``failed``).
     """
 
     def __init__(self, planning: Planning, progress: Progress, measure_s: float) -> None:
