@@ -195,7 +195,10 @@ def test_each_goal_scores_its_own_figure_and_falls_back_to_time() -> None:
     assert score(estimated(PLAIN, 10, 9.0), Objective.FEWEST) > figures[4] > one.plan.ranks
     bare = estimated(PLAIN, 10, 2.0)
     assert [score(bare, g) for g in (Objective.CHEAPEST, Objective.GREENEST)] == [2.0, 2.0]
-    assert score(estimated(PLAIN, 10, None), Objective.FASTEST) == float("inf")
+    untimed = estimated(PLAIN, 10, None)
+    assert score(untimed, Objective.FASTEST) == float("inf")
+    assert score(untimed, Objective.FEWEST) > score(estimated(PLAIN, 10, 9.0), Objective.FEWEST)
+    assert all(best([untimed], goal) is untimed for goal in Objective)
 
 
 def test_complexity_compares_effect_class_first() -> None:

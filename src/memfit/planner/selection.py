@@ -136,7 +136,7 @@ def score(estimate: Estimate, goal: Objective) -> float:
     if goal is Objective.SMALLEST:
         return estimate.allocated_bytes.value
     if goal is Objective.FEWEST:  # by number of devices, then by time
-        return estimate.plan.ranks * (1 + 1e-3 * time_s / (1 + time_s))
+        return estimate.plan.ranks * (1 + 1e-3 * (1.0 if math.isinf(time_s) else time_s / (1 + time_s)))
     if goal is Objective.CHEAPEST:
         return estimate.usd if estimate.usd is not None else time_s
     if goal is Objective.GREENEST:
