@@ -104,9 +104,9 @@ class LargestValue:
 
     ``limit``: "memory"; "job" if the job refuses ``safe_next``, whose ``problem`` says why, although the
     memory would be enough; "none" if the needed memory hardly depends on the dimension; or "untried" if a
-    value of 65,536 times the first one fits, above which none is tried. In the last two cases there is no
-    next value. ``traced``: every value that was tried, in ascending order. ``measured``: what ran under the
-    cap, None if nothing was run.
+    value of at least 65,536 times the first one fits, above which none is tried. In the last two cases there
+    is no next value. ``traced``: every value that was tried, in ascending order. ``measured``: what ran under
+    the cap, None if nothing was run.
     """
 
     dimension: str

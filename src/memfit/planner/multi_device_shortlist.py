@@ -218,9 +218,9 @@ class FinalistTracer:
         return float(score(e, self.goal) * nearest[1] * _NEAR ** nearest[0])
 
     def _first_two(self, candidates: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
-        """Return (the best sketch by the goal, the sketch of another kind (see `kind`) that would be traced
-        next if the trace of the best one gave the score of its sketch). The second is None if none would be
-        traced then. Both are None if there are no candidates."""
+        """Return (the best sketch by the goal, the sketch of another kind or other degrees (see `kind`) that
+        would be traced next if the trace of the best one gave the score of its sketch). The second is None if
+        none would be traced then. Both are None if there are no candidates."""
         best_sketch = best(candidates, self.goal)
         if best_sketch is None:
             return None, None
