@@ -411,15 +411,6 @@ def _pairs(many: MultiDevicePredictor, ratio: float) -> None:
         many.pairs.append((sketch, trace))
 
 
-def test_plain_training_on_a_number_of_devices_that_was_not_searched_has_no_sketch(
-    many_of: Callable[..., MultiDevicePredictor],
-) -> None:
-    many = many_of()
-    assert many.sketch_of_plain(make_plain_plan(8)) is None
-    many.sketches(8)
-    assert many.sketch_of_plain(make_plain_plan(8)) is not None
-
-
 @pytest.mark.parametrize("goal", [Objective.FASTEST, Objective.SMALLEST, Objective.CHEAPEST])
 def test_law_the_bound_over_the_grids_is_that_over_all_their_plans(
     many_of: Callable[..., MultiDevicePredictor], goal: Objective
