@@ -28,9 +28,9 @@ class ScriptSpec:
     memory is predicted, as in `memfit.inputs.machine_of`. ``answer``: the file for the `ScriptAnswer`.
     ``scratch``: an empty folder for copies of files that the script changes (`sandboxed`). ``bound``: as in
     `Job`. ``search``: what plans to search, or None. ``probe``: whether workspaces of kernels may be
-    measured, which is done if ``machine`` is this machine's CPU. ``whole_trace``:
-    whether the answer holds all allocations, not only those that are alive at the peak. ``case``: which
-    values are assumed where a run would have them (`memfit.trace.assumed_values.AssumedCase`)."""
+    measured, which is done if ``machine`` is this machine's CPU. ``whole_trace``: whether the answer holds
+    all allocations, not only those that are alive at the peak. ``case``: which values are assumed where a run
+    would have them (`memfit.trace.assumed_values.AssumedCase`)."""
 
     command: tuple[str, ...]
     machine: str

@@ -58,9 +58,9 @@ class NumberSeries:
 
     @property
     def is_growing(self) -> bool:
-        """Whether the last value is at least a tenth above the first, which is above 0. A quarter of the
-        growth must be in the second half, half of the values above the one before, and at most a tenth of
-        them more than 2 % below it. False for fewer than four values."""
+        """Whether the last value is at least a tenth above the first, which is above 0. At least a quarter of
+        the growth must be in the second half, at least half of the values above the one before, and at most a
+        tenth of them more than 2 % below it. False for fewer than four values."""
         if len(self.values) < 4:
             return False
         first, middle, last = self.values[0], self.values[len(self.values) // 2], self.values[-1]

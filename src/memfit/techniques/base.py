@@ -122,8 +122,8 @@ class JobFacts:
 
 class StepPart(enum.Flag):
     """The parts of a training step. A sketch, the search's estimate of a plan, is composed from a trace of
-    each part under only those techniques that change it (planner/evaluate.py). It must compute the effect of
-    a technique with ``NONE`` from these traces.
+    each part under only those techniques that change it (planner/evaluate.py). The sketch computes the effect
+    of a technique with ``NONE`` from these traces.
     """
 
     NONE = 0

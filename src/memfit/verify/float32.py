@@ -44,7 +44,7 @@ def difference_beyond_rounding(
     """Return the Cause "beyond_rounding" with the first step at which the losses ``a`` and ``b`` differ by
     more than `tolerance`, the relative difference there and the tolerance; None if there is no such step.
 
-    Only the first `STEPS` (5) losses are compared; of these, ``a`` and ``b`` must have the same number.
+    Only the first `STEPS` (5) losses are compared. They must be finite, and as many in ``a`` as in ``b``.
     ``first_step``: number of the step of the first loss. ``seed``: of both runs, for the Cause.
     """
     for index, (x, y) in enumerate(zip(a[:STEPS], b[:STEPS], strict=True)):
