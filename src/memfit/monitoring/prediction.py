@@ -23,6 +23,7 @@ _ALLOWED: Final = (
     "a prediction of memfit.estimate, or the JSON of `memfit estimate` or `memfit plan` with --json, or a "
     f"mapping of {', '.join(QUANTITIES)} to a number or to value, low and high"
 )
+_BYTES: Final = 'bytes: a number of at least 0, or {"value": V, "low": L, "high": H} with L <= V <= H'
 
 
 def predicted_intervals(prediction: Any) -> dict[str, Interval]:
@@ -69,7 +70,7 @@ def _of_mapping(values: Mapping[str, Any], source: str) -> dict[str, Interval]:
             if name in intervals and not 0 <= intervals[name].low <= intervals[name].high < math.inf:
                 raise ValueError
         except (TypeError, ValueError, OverflowError, KeyError, AssertionError) as error:
-            raise UserError(f"{source}: {name} is {value!r}", allowed=_ALLOWED) from error
+            raise UserError(f"{source}: {name} is {value!r}", allowed=_BYTES) from error
     if not intervals:
         raise UserError(f"{source} has no predicted memory", allowed=_ALLOWED)
     return intervals
