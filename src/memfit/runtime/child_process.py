@@ -388,9 +388,9 @@ def machine_oom_kills() -> int:
 
 
 def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables of this process, replaced and completed by ``variables``. Empty
-    entries of PYTHONPATH, as a colon at its end makes them, are left out: they stand for the current folder,
-    from which a child must not import unless the user names it."""
+    """Return the environment variables of this process together with ``variables``, which take precedence.
+    Empty entries of PYTHONPATH, as a colon at its end makes them, are left out: they stand for the current
+    folder, from which a child must not import unless the user names it."""
     environment = {**os.environ, **variables}
     if folders := [p for p in environment.pop("PYTHONPATH", "").split(os.pathsep) if p]:
         environment["PYTHONPATH"] = os.pathsep.join(folders)

@@ -65,9 +65,9 @@ class Log(NamedTuple):
 
 
 def available() -> str | None:
-    """Build the counting allocator's library, unless it is in the cache. Return None if it can then be used
-    as far as known, else the reason why it cannot be built, in one line. Nothing is loaded or installed,
-    which may still fail."""
+    """Build the counting allocator's library, unless it is in the cache. Return None if the library is there
+    then, else the reason why it cannot be built, in one line. Nothing is loaded or installed, which may still
+    fail."""
     try:
         _build()
     except AllocatorUnavailable as error:

@@ -71,8 +71,8 @@ def _find_device(name: str) -> Device | None:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemoryLimit:
     """The memory of this machine that this process may use. ``total_bytes``: in all; ``free_bytes``: what can
-    be allocated now without swapping; ``source``: what sets the total: "operating system", "control group" or
-    "Slurm (SLURM_MEM_PER_NODE)".
+    be allocated now without swapping; ``source``: what sets the total: "operating system", "control group",
+    or "Slurm" with the variable in parentheses (`slurm_memory`).
     """
 
     total_bytes: int
