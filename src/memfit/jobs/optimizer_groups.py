@@ -151,9 +151,11 @@ class UserGroups:
         return 1.0 if kind is type(self.optimizer) else float(group.get("lr", 1.0))
 
     def set(self, group: Group, settings: Mapping[str, Any], kind: type, rate_factor: float) -> None:
-        """Give ``group``, of an optimizer of the class ``kind``, the learning rate in ``settings`` times
-        ``rate_factor``, and the other settings that such an optimizer takes over from one of the user's
-        class. A learning rate that was a tensor, as in torchao, becomes a new tensor."""
+        """Give ``group``, of an optimizer of the class ``kind``, the learning rate in ``settings``, those of
+        one of the user's groups, times ``rate_factor``. Of the other settings it gets those that it has with
+        the same type: all but the choices of a kernel (such as fused) if ``kind`` is the user's class, else
+        betas, eps and weight decay. A learning rate that was a tensor, as in torchao, becomes a new
+        tensor."""
         for key, value in settings.items():
             is_same_kind = kind is type(self.optimizer) or key in _OF_ANY_OPTIMIZER
             has_same_type = key in group and type(group[key]) is type(value)

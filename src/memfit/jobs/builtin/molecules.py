@@ -88,10 +88,11 @@ def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "paper"), by default on the measurements of logP in the
     installed package chemicals.
 
-    ``data``: a file of ``SMILES,value`` lines, which is used instead. ``batch``: molecules of a step.
-    ``length``: molecules with more tokens are left out, and others are padded to it. Raises UserError if
-    ``data`` is None and chemicals is not installed, for faults in ``data``, if fewer than ten molecules
-    remain, and for a dimension that is unknown or no multiple of twice the number of heads ("hidden").
+    ``data``: a file of ``SMILES,value`` lines, which is used instead (`_read_user_file`). ``batch``:
+    molecules of a step. ``length``: molecules with more tokens are left out, and others are padded to it.
+    Raises UserError if ``data`` is None and chemicals is not installed, for faults in ``data``, if fewer than
+    ten molecules remain, and for a dimension that is unknown or no multiple of twice the number of heads
+    ("hidden").
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     pairs = _read_user_file(options.data) if options.data else _read_installed()

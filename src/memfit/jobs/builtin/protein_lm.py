@@ -59,9 +59,10 @@ def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "8M", "35M", "150M", "650M", "3B", "15B", "paper"), by default
     on the built-in sequences.
 
-    ``data``: a FASTA file. ``batch``: sequences of a step. ``length``: tokens to which sequences are padded
-    or cropped, the start and the end token included. Raises UserError as `read_sequences` does, and for a
-    dimension that is unknown or no multiple of twice the number of heads ("hidden").
+    ``data``: a FASTA file, which may be gzipped (``.gz``). ``batch``: sequences of a step. ``length``: tokens
+    to which sequences are padded or cropped, the start and the end token included. Raises UserError as
+    `read_sequences` does, and for a dimension that is unknown or no multiple of twice the number of heads
+    ("hidden").
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     sequences = read_sequences(options.data)

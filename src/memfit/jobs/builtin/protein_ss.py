@@ -57,10 +57,11 @@ def make(options: BuiltInOptions) -> Job:
     """Return the job at one of SIZES ("tiny", "8M", "35M", "150M", "650M", "3B", "15B", "paper"), by default
     on the built-in chains.
 
-    ``data``: a file of records of three lines: ``>name``, sequence, and states H, E, C. ``weights``: those of
-    an ESM-2, which may lack parameters of the input projection and of the head. ``batch``: chains of a step.
-    ``length``: residues to which chains are padded or cropped. Raises UserError as `user_chains` does, and
-    for a dimension that is unknown or no multiple of twice the number of heads ("hidden").
+    ``data``: a file, which may be gzipped (``.gz``), of records of three lines: ``>name``, sequence, and
+    states H, E, C (helix, strand, coil), one per residue. ``weights``: those of an ESM-2, which may lack
+    parameters of the input projection and of the head. ``batch``: chains of a step. ``length``: residues to
+    which chains are padded or cropped. Raises UserError as `user_chains` does, and for a dimension that is
+    unknown or no multiple of twice the number of heads ("hidden").
     """
     shape = options.resize(_shape(options.size), _DIMENSIONS)
     chains = user_chains(options.data) if options.data else built_in_chains()

@@ -42,7 +42,7 @@ def parse_executor(text: str) -> tuple[str, Mapping[str, str]]:
 
 def make_executor(name: str, settings: Mapping[str, str], folder: Path, *, device_count: int) -> Executor:
     """Return the executor called ``name`` with the user's ``settings`` (KEY -> VALUE), both as
-    `parse_executor` returns them. The executor's own files are in ``folder``, which is created.
+    `parse_executor` returns them. The executor's own files are in ``folder``, which it creates.
     ``device_count``: number of devices of each task. Raises UserError if submitit is not installed or
     refuses, as for Slurm on a machine without it."""
     return _class_of(name)(settings, folder, device_count=device_count)
