@@ -885,6 +885,16 @@ def test_a_training_by_hand_is_refused_with_what_to_do(tmp_path: Path) -> None:
     assert "give other tensors to such an optimizer" in _problem(tmp_path / "hand.py", text)
 
 
+def test_a_refusal_of_memfit_names_the_line_before_it_says_what_to_do(tmp_path: Path) -> None:
+    text = (
+        "import torch, weakref\nw = torch.zeros(8, requires_grad=True)\nused = w * 2\n"
+        "held = weakref.ref(w)\no = torch.optim.SGD([w], lr=0.1)"
+    )
+    problem = _problem(tmp_path / "loose.py", text)
+    assert "which memfit cannot follow at loose.py:5, before its first forward pass with grad" in problem
+    assert problem.endswith("; make the tensor an nn.Parameter, or use it only after the optimizer is made")
+
+
 _SELECTING = """
 import torch
 from torch import nn

@@ -85,6 +85,7 @@ class _Session:
 
     def run(self) -> NoReturn:
         """Run the script until its steps are traced; write the answer and end the process."""
+        hint = ""
         try:
             self._set_arguments()
             collect_as_usual()
@@ -103,7 +104,9 @@ class _Session:
             )
         except BaseException as error:  # noqa: BLE001  whatever the script raises is told in one line
             problem = self._describe(error)
-        self.fail(problem)
+            if isinstance(error, UserError):
+                hint = "; ".join(filter(None, (error.allowed and f"allowed: {error.allowed}", error.hint)))
+        self.fail(problem, hint)
 
     def _note_thread(self, failure: Any) -> None:
         self.thread_problem = (
@@ -460,14 +463,15 @@ class _Session:
         os._exit(0)
 
     def _describe(self, error: BaseException) -> str:
-        """Return a line that says what the script raised, and where in the user's code."""
+        """Return a line that says what the script raised, and where in the user's code. Of a UserError, it
+        has neither what is allowed nor the hint."""
         _print_traceback(error)
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_PACKAGE)]
         own = [f for f in frames if "/lib/python" not in f.filename and not f.filename.startswith("<")]
         place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
-        text = COLOURS.sub("", first_line(error))
         if isinstance(error, UserError):
-            return f"{text}{place}"
+            return f"{COLOURS.sub('', error.given)}{place}"
+        text = COLOURS.sub("", first_line(error))
         return f"the script raised {type(error).__name__}{place}: {text[:300]}"
 
 

@@ -37,11 +37,12 @@ class ScriptOptions:
         list[str] | None,
         typer.Option(
             metavar="FILE.py:LINE=N",
-            help="For a COMMAND, otherwise refused: the number that this line of your code reads from a "
-            "tensor whose values depend on data; if the line reads a truth value, how often in a row it is "
-            "true. The answer names the lines for which memfit assumed a number, as they are to be written "
-            "here; other lines are ignored. Repeat the option for further lines. Default: memfit's "
-            "assumptions.",
+            help="For a COMMAND, otherwise refused: the true number for a line of your code whose result "
+            "depends on data, in place of the one that memfit assumed: how many elements its operator "
+            "gives (with a decimal point: the share of all that are possible, such as 0.25), or what "
+            "item() returns, or of a truth value, how often in a row it is true. The answer names these "
+            "lines, as they are to be written here; other lines are ignored. Repeat the option for further "
+            "lines. Default: memfit's assumptions.",
         ),
     ] = None
     plans: Annotated[

@@ -49,7 +49,8 @@ def parts_of(trace: Trace, chains: Mapping[str, int], seconds: Seconds) -> Parts
             raise UserError(
                 "a search of plans for several devices needs a chain of blocks, but those at "
                 f"{path!r} do not all run, one after the other in forward and in reverse order in backward",
-                allowed="a chain of blocks, of which each works on the output of the one before it",
+                allowed="a chain of blocks, of which each works on the output of the one before it, such as "
+                "Job(blocks=...) names it; or --on a machine with one device",
             )
     paths = sorted(views, key=lambda path: views[path].first_clocks(Phase.FORWARD)[0])
     first, last = views[paths[0]], views[paths[-1]]
@@ -86,7 +87,8 @@ def _between(chain: _StepView, following: _StepView) -> PartCosts:
         raise UserError(
             "a search of plans for several devices needs chains of blocks that run one after the other, but "
             f"those at {chain.path!r} and {following.path!r} do not",
-            allowed="chains of blocks, of which each works on the output of the one before it",
+            allowed="chains of blocks, of which each works on the output of the one before it, such as "
+            "Job(blocks=..., more_blocks=...) names them; or --on a machine with one device",
         )
     return chain.piece(forward, backward, None)
 

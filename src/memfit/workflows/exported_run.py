@@ -64,7 +64,7 @@ def read_exported_run(folder: Path) -> RunRecord:
     is missing, as on machines that do not share the folder, and if run.json or a result is damaged."""
     if not (folder / RUN_FILE).is_file():
         raise UserError(
-            f"{folder} has no {RUN_FILE}, so memfit has recorded no training in this folder",
+            f"{folder} has no {RUN_FILE}: it is not the folder of an export whose training memfit records",
             allowed="a folder that `memfit export` wrote without --script for torchrun, slurm or skypilot",
         )
     spec = serialization.loads(RunSpec, read_text(folder / RUN_FILE), what=str(folder / RUN_FILE))
