@@ -219,6 +219,8 @@ def test_options_that_the_help_of_estimate_names_for_no_command_are_refused_with
         ("export --to torchrun --recommended --out no/such/folder", "there is no folder no/such"),
         ("decide --gates default --template", "--template cannot be used with --gates"),
         ("record --compare a b --schema", "exclude each other"),
+        ("record --compare a", "see `memfit record --help`"),
+        ("--nope", "see `memfit --help`"),
         ("plan --steps 0", "--steps"),
         ("plan --batch many", "--batch"),
         ("plan --threads -1", "--threads"),

@@ -438,6 +438,7 @@ def test_a_budget_in_dollars_that_is_entered_needs_prices_too(monkeypatch: pytes
         (["--budget", "1h", "--on", "H100-SXM"], "--executor says which machine trains"),
         (["--budget", "1h", "--size", "tiny", "--sizes", "tiny"], "exclude each other"),
         (["--budget", "1h", "--sizes", "gigantic"], "gigantic"),
+        (["--budget", "1h", "--sizes", ","], "names no size"),
         (["--budget", "1h", "--engine", "replay"], "trains nothing"),
     ],
 )

@@ -165,7 +165,7 @@ def _main(arguments: Sequence[str]) -> int:
     except MemfitError as error:
         return _fail(str(error), error.exit_code, as_json and not isinstance(error, Interrupted))
     except _USAGE_ERROR as error:
-        return _fail(_usage(error), 2, as_json)
+        return _fail(_usage(error, argv), 2, as_json)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:
@@ -208,12 +208,13 @@ def _check_command(argv: Sequence[str]) -> None:
         )
 
 
-def _usage(error: BaseException) -> str:
-    """Return one line: the message of ``error``, which the command-line parser raised, and the command that
-    shows the help, such as ``memfit plan --help``, or ``memfit --help`` if ``error`` belongs to no
-    command."""
+def _usage(error: BaseException, argv: Sequence[str]) -> str:
+    """Return one line: the message of ``error``, which the command-line parser raised for ``argv``, and the
+    command that shows the help, such as ``memfit plan --help``, or ``memfit --help`` if ``argv`` does not
+    begin with a command."""
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "memfit"
+    name = argv[0] if argv and not argv[0].startswith("-") else ""
+    command = context.command_path if context is not None else f"memfit {name}".strip()
     text = " ".join(str(getattr(error, "format_message", lambda: error)()).split())
     return f"{text.rstrip('.')}; see `{command} --help`"
 

@@ -247,6 +247,8 @@ def _trials(
     )
     warn_of_shadowed_modules(job.spec)
     sizes = [size for part in (options.sizes or "").split(",") if (size := part.strip())]
+    if options.sizes is not None and not sizes:
+        raise UserError("--sizes names no size", allowed="names with commas, such as tiny,small")
     return make_trials(job.ref, plans, placements, settings, seeds=options.seeds, sizes=sizes), settings
 
 
