@@ -31,6 +31,7 @@ from memfit.planner import evaluate, job_content, multi_device_bound, multi_devi
 from memfit.planner.capacity import Cap, needed_bytes
 from memfit.planner.evaluate import Predictor
 from memfit.planner.multi_device import search_many_devices
+from memfit.planner.multi_device_explanations import trace_before_nothing_fits
 from memfit.planner.multi_device_predictor import MultiDevicePredictor, MultiDeviceRequest
 from memfit.planner.request import Request, job_facts
 from memfit.planner.search_bound import ENOUGH, least_ratio, untraced_plans
@@ -460,6 +461,22 @@ def test_a_search_for_many_devices_without_time_recommends_a_traced_plan(
     assert found.extent.time_up
     assert found.extent.priced_count == found.considered > 100
     assert found.extent.gain_ratio is None or found.extent.gain_ratio > 0.01
+
+
+def test_no_plan_is_traced_before_nothing_fits_once_the_time_is_up(
+    many_of: Callable[..., MultiDevicePredictor],
+) -> None:
+    many = many_of()
+    known = many.estimates(2)
+    too_small = int(
+        0.9 * min(map(many.needs, known))
+    )  # no sketch fits, but the smallest may when it is traced
+    many.request = dataclasses.replace(
+        many.request, cap=dataclasses.replace(many.request.cap, bytes=too_small)
+    )
+    many.deadline.stop()
+    assert list(trace_before_nothing_fits(many, known, many.fits_memory)) == []
+    assert many.deadline.hit_time_limit
 
 
 def test_plain_training_of_fewer_ranks_than_devices_has_no_sketch_and_is_traced(

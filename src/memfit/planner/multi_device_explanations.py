@@ -17,6 +17,7 @@ from memfit.planner.reasons import none_fits
 from memfit.planner.selection import Objective, best, by_goal, missed_bounds, score, within_bounds
 from memfit.planner.sketch_errors import may_fit_under
 from memfit.techniques.registry import short_label
+from memfit.types.deadline import TimeUp
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate, Reason, ReasonKind, Sensitivity
@@ -114,7 +115,7 @@ def trace_for_reasons(
     traced are skipped.
 
     ``quick``: whether traces are quick. If not, nothing is traced for a technique if a sketch fits, and at
-    most two plans are otherwise.
+    most two plans are otherwise. Raises TimeUp if a trace would have to be made after the deadline.
     """
     traced = {e.plan: e for e in known if e.traced}
     refused = set(predictor.refused)
@@ -150,8 +151,8 @@ def trace_before_nothing_fits(
 ) -> Iterator[Estimate]:
     """Trace plans that are known only by their sketches in ``known`` (estimates from traces of parts) and may
     fit by the errors of the sketches seen so far, those that need the least device memory first, until one
-    fits, and yield their estimates: at most three, or twelve of a model of at most 12 blocks. Plans that
-    cannot be traced are skipped."""
+    fits, and yield their estimates: at most three, or twelve of a model of at most 12 blocks, and none after
+    the deadline. Plans that cannot be traced are skipped."""
     tried = {e.plan for e in known if e.traced} | predictor.refused.keys()
     for _ in range(_QUICK_TRIES if predictor.traced.blocks <= QUICK_BLOCKS else _TRIES):
         may_fit = _may_fit(predictor)
@@ -160,7 +161,10 @@ def trace_before_nothing_fits(
             return
         smallest = min(possible, key=lambda e: (predictor.needs(e), effect_then_size_key(e.plan)))
         tried.add(smallest.plan)
-        trace = predictor.trace_or_refuse(smallest)
+        try:
+            trace = predictor.trace_or_refuse(smallest)
+        except TimeUp:
+            return
         if trace is not None:
             yield trace
             if meets_limits(trace):

@@ -168,7 +168,8 @@ class FinalistTracer:
 
         A plan is near if it differs from the best one along one axis of its grid. If one of them is better,
         those near this one follow, and so on; at most 16 plans in all. The selection of sketches may have
-        left out such a plan because of an error of its sketch.
+        left out such a plan because of an error of its sketch. Raises TimeUp if a trace would have to be made
+        after the deadline.
         """
         traced_plans, neighbours = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
         for attempt in range(_CLIMBED):
