@@ -380,10 +380,11 @@ class Run:
     empty.
 
     ``recoveries``: from running out of memory, in order. If there are any, the plan of ``spec`` and the
-    prediction are those after the last one, predicted for the batch of the step that had failed. The losses
-    are those of all steps, and the other measurements those after the last recovery. ``recovery_stop``: why
-    there was no further recovery although memory ran out; "" if it did not, or if none was asked for.
-    ``alarms``: what was unusual in the steps of rank 0, one sentence each.
+    prediction are those after the last one, predicted for the batch of the step that had failed. The losses,
+    restarts, ``first_step`` and ``steps_done`` of the measurement are those of the whole run, its other
+    values those after the last recovery. ``recovery_stop``: why there was no further recovery although memory
+    ran out; "" if it did not, or if none was asked for. ``alarms``: what was unusual in the steps of rank 0,
+    one sentence each.
     """
 
     spec: RunSpec
