@@ -57,9 +57,9 @@ def files(handover: Handover) -> Files:
     if reasons := tuple(_why_not(handover)):
         raise UserError(
             f"OpenFold cannot train this plan or this job: {'; '.join(reasons)}",
-            hint=f"for another job, name {JOB} with --size {' or '.join(SIZES)}; for a technique, `memfit plan "
-            "--without TECHNIQUE --save FILE.yaml` writes a plan without it for --plan, or change its settings "
-            "in the plan file",
+            hint=f"for another job, name {JOB} with --size {' or '.join(SIZES)}; for a technique, `memfit "
+            "plan --without TECHNIQUE --save FILE.yaml` writes a plan without it for --plan, or change its "
+            "settings in the plan file",
         )
     rendered = {
         **handover.own_files,
