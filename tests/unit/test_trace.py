@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from memfit.cost.memory import levels, memory_profile
 from memfit.techniques import compiled_regions
+from memfit.trace.source_location import library_line, user_place
 from memfit.trace.tracer import fake_model, trace
 from memfit.trace.truncated_model import with_blocks
 from memfit.types.errors import UserError
@@ -183,6 +184,13 @@ def test_a_matrix_product_counts_two_flops_per_multiplication(plain: Trace) -> N
 def test_moved_bytes_count_inputs_and_outputs_once(plain: Trace) -> None:
     relu = next(o for o in plain.ops if o.op == "aten.relu.default")
     assert (relu.moved_bytes, relu.dtype) == (2 * 32 * 16 * 4, "float32")
+
+
+def test_code_in_a_folder_that_is_called_torch_is_the_users() -> None:
+    code = compile("places = user_place(), library_line()", "/home/me/torch/model.py", "exec")
+    names: dict[str, Any] = {"user_place": user_place, "library_line": library_line}
+    exec(code, names)
+    assert names["places"] == ("/home/me/torch/model.py:1", "model.py:1")
 
 
 def test_user_lines_are_recorded_only_on_request() -> None:

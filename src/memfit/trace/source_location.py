@@ -13,8 +13,9 @@ from memfit.types.trace import Phase
 
 _PACKAGE = f"{Path(__file__).parents[1]}/"
 _STEP = f"{_PACKAGE}jobs/training_step.py"  # code that calls the training step makes none of its tensors
-_NOT_THE_USERS = (_PACKAGE, "/torch/", "/lib/python3", "<")
-_ON_THE_WAY = (f"{_PACKAGE}trace/", "/torch/_ops.py", "/torch/overrides.py", "/torch/utils/_")
+_TORCH = f"{Path(torch.__file__).parent}/"  # and not each folder of that name: a user may have one
+_NOT_THE_USERS = (_PACKAGE, _TORCH, "/lib/python3", "<")
+_ON_THE_WAY = (f"{_PACKAGE}trace/", f"{_TORCH}_ops.py", f"{_TORCH}overrides.py", f"{_TORCH}utils/_")
 
 
 def user_place() -> str:
@@ -46,7 +47,7 @@ def library_line() -> str:
     returns if there is none before the training step."""
     frame: Any = sys._getframe(1)
     while frame is not None and (path := frame.f_code.co_filename) != _STEP:
-        is_library = "/site-packages/" in path and "/site-packages/torch/" not in path
+        is_library = "/site-packages/" in path and _TORCH not in path
         if (is_library and _PACKAGE not in path) or not any(part in path for part in _NOT_THE_USERS):
             return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
