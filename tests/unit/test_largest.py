@@ -358,6 +358,8 @@ def test_two_sizes_give_a_table_and_a_file_for_a_sampler(tmp_path: Path) -> None
         (["--largest", "nodes", "--out", "x.json"], "--out needs --buckets or two sizes"),
         (["--largest", "nodes", "--buckets", "8"], "--buckets gives lengths"),
         (["--largest", "nodes,edges", "--values", "3,x"], "whole numbers"),
+        (["--largest", "edges", "--measure", "--engine", "replay"], "the engine replay trains nothing"),
+        (["--measure", "--engine", "replay"], "the engine replay trains nothing"),
         (["--buckets", "8"], "cannot be used without --largest"),
         (["--largest", "nodes", "--save", "x.yaml"], "--save cannot be used with --largest"),
     ],

@@ -38,11 +38,12 @@ class SizeOptions:
         typer.Option(
             metavar="NAME",
             help="Size of the job. Built-in jobs: a name that `memfit list jobs` lists (default: the first "
-            "of the job). hf: jobs: tiny (default; samples of 128 tokens) or paper (2,048 tokens); fewer "
-            "if the model is made for fewer, and the model is the same. FILE.py:NAME: a text, which the "
-            "function gets as its argument size (default: its own). For built-in and hf: jobs, SIZE@N also "
-            "sets --length N; another --length is then refused. Default with `memfit plan --from` and "
-            f"OpenFold's settings: the size in these. Not with `memfit sweep --sizes`. {_NOT_FOR_COMMAND}",
+            "of the job). hf: jobs: tiny (default; samples of 128 tokens) or paper (samples of 2,048 "
+            "tokens), or of fewer if the model is made for fewer; the model is the same. FILE.py:NAME: a "
+            "text, which the function gets as its argument size (default: its own). For built-in and hf: "
+            "jobs, SIZE@N also sets --length N; another --length is then refused. Default with `memfit "
+            "plan --from` and OpenFold's settings: the size in these. Not with `memfit sweep --sizes`. "
+            f"{_NOT_FOR_COMMAND}",
         ),
     ] = None
     data: Annotated[
@@ -83,7 +84,7 @@ class SizeOptions:
             min=1,
             max=MOST,
             help="Number of optimizer steps of the training; with `memfit run --resume`, the steps before "
-            "the checkpoint count. In `memfit plan` it only matters for --deadline and --budget. Default: "
+            "the checkpoint count. It changes a prediction only through --deadline and --budget. Default: "
             "the job's number. Refused by `memfit estimate` with a COMMAND or --lengths.",
         ),
     ] = None
@@ -216,9 +217,9 @@ class SearchOptions:
             metavar="SIZE",
             help="Memory of each host of the machine, apart from that of its devices, for example 512GiB. "
             "A plan fits only if what it needs there fits, too. Default: on this machine, all that memfit "
-            "may use; on another, the value in the catalog or the machine file; without one, only plans "
-            "that keep tensors in host memory do not fit. Refused if the device is a CPU, as with --on "
-            f"this:cpu or on this machine without a GPU. {_REFUSED}",
+            "may use; on another, the value in the catalog or the machine file; if there is none, plans "
+            "that keep tensors in host memory do not fit, and no other plan is checked. Refused if the "
+            f"device is a CPU, as with --on this:cpu or on this machine without a GPU. {_REFUSED}",
         ),
     ] = None
     goal: Annotated[
@@ -249,10 +250,13 @@ class SearchOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Engine that runs the training; `memfit list engines` lists them. Default: native, which "
-            "is memfit itself; with --from, the engine of those files, but `memfit plan --from` predicts "
-            "with native if their engine, as memfit runs it, does not support the plan or the model. An "
-            f"engine given here that does not support a given plan or the model is refused. {_REFUSED}",
+            help="Engine that runs the training; `memfit list engines` lists them. replay trains nothing: "
+            "`memfit run` then shows a stored run again; `memfit poc`, --measure and `memfit export` "
+            "refuse it. A search considers only plans that the engine supports; in `memfit poc`, runs for "
+            "comparison that it does not support use native. Default: native, which is memfit itself; with "
+            "--from, the engine of those files, but `memfit plan --from` predicts with native if their "
+            "engine, as memfit runs it, does not support the plan or the model. An engine given here that "
+            f"does not support a given plan or the model is refused. {_REFUSED}",
         ),
     ] = None
 

@@ -77,6 +77,14 @@ def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
     return candidate
 
 
+def must_train(name: str) -> None:
+    """Raise UserError if ``name`` is the engine replay, which trains nothing."""
+    if name == replay.ENGINE.name:
+        raise UserError(
+            f"the engine {name} trains nothing", allowed="another engine that `memfit list engines` lists"
+        )
+
+
 def render(spec: RunSpec) -> LaunchConfig:
     """Return the launch of the run ``spec`` on the engine that it names: the command of memfit's worker, its
     environment variables, run.json and the engine's own configuration files. Nothing is started or written.

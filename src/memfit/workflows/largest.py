@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from memfit.cost.lengths import Ints
-from memfit.engines.registry import ready_engine, supporting_engine
+from memfit.engines.registry import must_train, ready_engine, supporting_engine
 from memfit.jobs.registry import load
 from memfit.jobs.user_job import source_digest
 from memfit.planner.batch_shape import length_of, with_batch_shape
@@ -239,13 +239,15 @@ def _row(  # noqa: PLR0913
 
 
 def _must_be_measurable(request: Request, sizes: _Sizes) -> None:
-    """Raise UserError if values cannot be run: on another machine, without a cap on a processor, where other
-    programs need what remains of the memory, or for a job that other processes cannot load with a size."""
+    """Raise UserError if values cannot be run: on another machine, with the engine replay, without a cap on a
+    processor, where other programs need what remains of the memory, or for a job that other processes cannot
+    load with a size."""
     if not request.is_here:
         raise UserError(
             "--measure trains on this machine, but --on names another one",
             allowed="--measure without --on, or with --on this, this:cpu or this:KIND",
         )
+    must_train(request.engine)
     device = request.machine.device
     is_below = request.cap_bytes is not None and request.cap_bytes < device.memory_bytes.value
     if device.is_host and not is_below:

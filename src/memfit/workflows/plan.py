@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from memfit.engines.registry import must_train
 from memfit.planner import trials
 from memfit.planner.request import Planning, Progress, Request
 from memfit.planner.search import SearchInterrupted, search
@@ -23,14 +24,17 @@ def find_plan(
     ``must_run``: whether plain training must be able to run; if the request is for this machine, the batch is
     then halved until plain training fits its free memory or has one sample per rank.
 
-    Also raises what `planner.search.search` raises, such as NothingFits if no plan fits. Ctrl-C while plans
-    are run raises SearchInterrupted with the result so far.
+    With either of the two, raises UserError for the engine replay, which trains nothing. Also raises what
+    `planner.search.search` raises, such as NothingFits if no plan fits. Ctrl-C while plans are run raises
+    SearchInterrupted with the result so far.
     """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
         raise UserError(
             f"--measure needs a --goal that is calculated from step time, not {request.goal.value}",
             allowed=", ".join(trials.BY_TIME),
         )
+    if measure_s is not None or must_run:
+        must_train(request.engine)
     planning = search(request, progress, must_run=must_run)
     try:
         if measure_s is not None and request.goal in trials.BY_TIME:
