@@ -19,6 +19,7 @@ from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.techniques.parallel.gathered_attention import GatheredAttention, SequenceRanks
 from memfit.techniques.registry import make_use
 from memfit.trace.fake_process_group import optimizer_steps_only
+from memfit.trace.streams import group_of
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -29,6 +30,17 @@ from memfit.types.trace import Category, Phase
 
 def on_two(**uses: dict[str, Any]) -> Plan:
     return Plan(ranks=2, uses=tuple(make_use(k.replace("_", "-"), v) for k, v in uses.items()))
+
+
+@pytest.mark.parametrize("name", ["3", "ad56679d2c95"])
+def test_a_collective_is_of_its_group_whatever_torch_calls_that(name: str) -> None:
+    """Groups that ranks make without the others have a checksum as their name."""
+    operators, tensor = torch.ops._c10d_functional, torch.ones(2)
+    assert group_of(operators.all_reduce.default, (tensor, "sum", name)) == name
+    assert group_of(operators.all_to_all_single.default, (tensor, [1, 1], [1, 1], name)) == name
+    if hasattr(operators, "isend"):  # of newer versions of torch
+        assert group_of(operators.isend.default, (tensor, 1, 0, name)) == ""
+    assert group_of(torch.ops.aten.add.Tensor, (tensor, tensor)) == ""
 
 
 @pytest.mark.parametrize("rank", [0, 1])

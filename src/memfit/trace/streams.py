@@ -10,7 +10,10 @@ import torch
 StreamUse = tuple[str, str, tuple[str, int] | None]
 
 _COLLECTIVES = ("c10d", "_c10d_functional")
-_TWO_ALONE = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
+_TWO_ALONE = (
+    *("c10d::send", "c10d::recv_", "c10d::recv_any_source_"),
+    *("_c10d_functional::isend", "_c10d_functional::irecv", "_c10d_functional::batch_p2p_ops"),
+)
 _WAITS = ("_c10d_functional.wait_tensor.default",)
 
 
@@ -22,7 +25,8 @@ def group_of(func: Any, args: Any) -> str:
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
             return str(torch.distributed.ProcessGroup.unbox(arg).group_name)
-    return next((a for a in args[1:] if isinstance(a, str) and a.isdigit()), "")
+    named = zip(func._schema.arguments, args, strict=False)
+    return next((str(value) for argument, value in named if argument.name == "group_name"), "")
 
 
 class StreamTracker:
