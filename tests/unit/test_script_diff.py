@@ -477,11 +477,27 @@ REFUSED = {
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
         "clips gradients depending on epoch, which changes in the loop",
     ),
+    "an optimizer that is made again in the loop": (
+        PLAIN.replace("scheduler.step()", "optimizer = torch.optim.SGD(model.parameters())"),
+        "the loop in line 15 makes optimizer again",
+    ),
+    "an optimizer for each fold, of one model": (
+        (
+            "for fold in range(2):\n"
+            "    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+            "    for x, y in loader:\n"
+            "        loss = F.cross_entropy(model(x), y)\n"
+            "        optimizer.zero_grad()\n"
+            "        loss.backward()\n"
+            "        optimizer.step()\n"
+        ),
+        "makes optimizer in a loop, but model before it",
+    ),
     "a norm that is set late": (
         PLAIN.replace("parameters(), 1.0)", "parameters(), norm)").replace(
             "scheduler = torch", "used = len(optimizer.param_groups)\nnorm = 1.0\nscheduler = torch"
         ),
-        "sets the norm to which the script clips gradients after it has made and used optimizer",
+        "sets the norm to which the script clips gradients after it has made and used the optimizer",
     ),
     "a norm that is a keyword with a default": (
         (
@@ -963,6 +979,40 @@ def test_no_edit_is_printed_that_memfit_apply_refuses() -> None:
     ):
         diff(PLAIN, {"optimizer-in-backward": {}})
     assert diff(PLAIN, {"bf16-autocast": {}}).diff
+
+
+FOLDS = """#!/usr/bin/env python
+def main():
+    import torch
+    from torch import nn
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x in torch.randn(3, 8, 4):
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        sums.append(sum(p.sum().item() for p in model.parameters()))
+
+
+sums = []
+main()
+import json
+"""
+
+
+def test_a_model_for_each_fold_gets_the_plan_in_the_loop_and_memfit_is_imported_before(
+    tmp_path: Path,
+) -> None:
+    edited = patched(FOLDS, diff(FOLDS, {"gradient-accumulation": {"micro_batches": 2}}), tmp_path)
+    assert edited.startswith("#!/usr/bin/env python\nimport memfit\n")
+    plain, with_plan = dict[str, Any](), dict[str, Any]()
+    exec(FOLDS, plain)
+    exec(edited, with_plan)
+    assert with_plan["sums"] == pytest.approx(plain["sums"], rel=1e-4)
 
 
 def test_the_plan_is_applied_where_the_clipping_norm_is_known() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from memfit.export.loop_update import Statements, end, lists_of, loaded_names, stored_names
 from memfit.export.source_edits import Source, literal, name_of, number_lines, source_of
 from memfit.export.step_counters import repeated_lines
-from memfit.export.training_loop import Loop, find_loop, wrappers
+from memfit.export.training_loop import Loop, LoopSetup, find_loop, wrappers
 from memfit.techniques.precision import clash_with_loss_scale
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
@@ -98,14 +98,27 @@ def edit_loop(
         assert loop.setup.before is not None
         place, indent = loop.setup.before.lineno, source.indent(loop.setup.before.lineno)
     edits[place, place - 1] = [f"{indent}{line}\n" for line in setup]
-    imports = [s for s in source.tree.body if isinstance(s, ast.Import | ast.ImportFrom)]
-    names = [a for s in imports if isinstance(s, ast.Import) for a in s.names]
-    if not any(a.name == "memfit" and not a.asname for a in names):
-        import_line = end(imports[-1]) + 1 if imports else 1
+    if (import_line := _import_line(source, loop.setup)) is not None:
         edits.setdefault((import_line, import_line - 1), []).insert(0, "import memfit\n")
     for (start, last), new_lines in sorted(edits.items(), reverse=True):
         lines[start - 1 : last] = new_lines
     return "".join(lines), tuple(remarks)
+
+
+def _import_line(source: Source, setup: LoopSetup) -> int | None:
+    """Return the line before which memfit must be imported: after the imports that precede the place where
+    the plan is applied, or at the begin of the module if there are none. None if one of them imports it."""
+    body, anchor = source.tree.body, setup.after if setup.after is not None else setup.before
+    assert anchor is not None
+    imports = [s for s in body if isinstance(s, ast.Import | ast.ImportFrom) and s.lineno <= anchor.lineno]
+    names = [a for s in imports if isinstance(s, ast.Import) for a in s.names]
+    if any(a.name == "memfit" and not a.asname for a in names):
+        return None
+    if imports:
+        return end(imports[-1]) + 1
+    first = body[1] if ast.get_docstring(source.tree) is not None and len(body) > 1 else body[0]
+    decorators: list[ast.expr] = getattr(first, "decorator_list", [])
+    return min([first.lineno, *(d.lineno for d in decorators)])
 
 
 def _loop_edits(source: Source, loop: Loop) -> Edits:

@@ -322,8 +322,9 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
     """Return where and with what variables the plan is applied: after the last assignment to the optimizer,
     to the GradScaler ``scaler`` ("": none) or to a variable of the clipping norm; or if there is none to the
     optimizer in the statement list around the loop, before the loop. Raises UserError if the script does not
-    show where the optimizer is made, if it changes the model between that and the loop, if it uses the model
-    or the optimizer before it sets the norm, and as `_clip` does."""
+    show where the optimizer is made, if it makes it in another loop than the model, or again in the training
+    loop, if it changes the model between that and the loop, if it uses the model or the optimizer before it
+    sets the norm, and as `_clip` does."""
     names = {update.optimizer: update.optimizer, model: model}
     user: ast.AST = place.loop
     statements, arguments = place.scope, dict[str, ast.expr]()
@@ -336,6 +337,7 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
     if model not in arguments and statements is not place.scope:
         names[model] = _model(statements, [], optimizer)
     statements, at = _innermost(statements, user, optimizer)
+    _must_be_made_once(source, statements, at, optimizer, names[model])
     scaler = _scaler(source, place, scaler, None if user is place.loop else arguments, statements[:at])
     made = {optimizer, scaler} if any(optimizer in stored_names(s) for s in statements[:at]) else set()
     after = next((s for s in reversed(statements[:at]) if made & {*stored_names(s)}), None)
@@ -354,14 +356,7 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
                 "applied, for which the plan was not made"
             )
     clip = _clip(place, update, arguments if user is not place.loop else None, statements[at:])
-    clip_names = loaded_names(ast.parse(clip, mode="eval")) if clip else set[str]()
-    if setting := [i for i, s in enumerate(between) if clip_names & {*stored_names(s)}]:
-        after = between[setting[-1]]
-        if any({optimizer, names[model]} & loaded_names(s) for s in between[: setting[-1] + 1]):
-            raise UserError(
-                f"line {after.lineno} sets the norm to which the script clips gradients after it has made "
-                f"and used {optimizer}: it must do so before"
-            )
+    after = _after_norm(after, between, clip, {optimizer, names[model]})
     return LoopSetup(
         model=names[model],
         optimizer=optimizer,
@@ -372,6 +367,38 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
         is_global=user is not place.loop and statements is not source.tree.body,
         remarks=tuple(remarks),
     )
+
+
+def _must_be_made_once(source: Source, statements: Statements, at: int, optimizer: str, model: str) -> None:
+    """Raise UserError if the loop ``statements[at]`` makes the optimizer again, or if ``statements`` are in a
+    loop and make the optimizer, but not the model."""
+    if again := [s for s in statements[at : at + 1] if optimizer in stored_names(s)]:
+        raise UserError(f"the loop in line {again[0].lineno} makes {optimizer} again")
+    loops = (n for n in ast.walk(source.tree) if isinstance(n, LOOPS))
+    is_repeated = any(n is statements[0] for loop in loops for n in _nodes(loop.body))
+    if is_repeated and not any(model in stored_names(s) for s in statements[:at]):
+        raise UserError(
+            f"the script makes {optimizer} in a loop, but {model} before it: it must make both in the loop, "
+            "or both before it"
+        )
+
+
+def _after_norm(
+    after: ast.stmt | None, between: Statements, clip: str, used_names: set[str]
+) -> ast.stmt | None:
+    """Return the last of the statements ``between`` that defines a variable of the clipping norm ``clip``; if
+    there is none, ``after``. Raises UserError if a statement up to that one uses one of ``used_names``."""
+    clip_names = loaded_names(ast.parse(clip, mode="eval")) if clip else set[str]()
+    setting = [i for i, s in enumerate(between) if clip_names & _defined_names(s)]
+    if not setting:
+        return after
+    last = between[setting[-1]]
+    if any(used_names & loaded_names(s) for s in between[: setting[-1] + 1]):
+        raise UserError(
+            f"line {last.lineno} sets the norm to which the script clips gradients after it has made and "
+            "used the optimizer or the model: it must do so before"
+        )
+    return last
 
 
 def _scaler(
@@ -453,13 +480,24 @@ def _outside_functions(statements: Statements) -> Iterator[ast.AST]:
             waiting += ast.iter_child_nodes(node)
 
 
+def _defined_names(statement: ast.stmt) -> set[str]:
+    names = {*stored_names(statement)}
+    if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
+        names.add(statement.name)
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        names |= {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
+    return names
+
+
 def _innermost(statements: Statements, user: ast.AST, optimizer: str) -> tuple[Statements, int]:
     """Return (the innermost statement list that makes the optimizer and holds ``user``; the index there of
-    the statement with ``user``, or the list's length if it holds none)."""
+    the statement with ``user``, or the list's length if it holds none). The body of a loop is such a list
+    only if the optimizer is not made before the loop."""
     at = next((i for i, s in enumerate(statements) if any(n is user for n in ast.walk(s))), None)
     if at is None:
         return statements, len(statements)
-    if not isinstance(statements[at], LOOPS) and optimizer in stored_names(statements[at]):
+    is_made = any(optimizer in stored_names(s) for s in statements[:at])
+    if optimizer in stored_names(statements[at]) and not (is_made and isinstance(statements[at], LOOPS)):
         for inner in lists_of(statements[at]):
             if any(n is user for n in _nodes(inner)):
                 return _innermost(inner, user, optimizer)
