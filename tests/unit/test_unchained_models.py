@@ -1,4 +1,5 @@
-"""Searches for several devices for models that are not a chain of at least three equal blocks."""
+"""Searches for several devices for models that are not a chain of at least three equal blocks that run
+one after the other."""
 
 from __future__ import annotations
 
@@ -52,6 +53,20 @@ class Two(nn.Module):
         return self.head(x)
 
 
+class Backwards(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(256, 64)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3)])
+        self.head = nn.Linear(64, 256)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in reversed(self.blocks):
+            x = x + block(x)
+        return self.head(x)
+
+
 def loss(model, batch):
     return nn.functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
 
@@ -62,11 +77,15 @@ encoder_decoder = Job(
 two_blocks = Job(
     name="two", build_model=Two, make_batch=make_batch, loss=loss, batch_size=8, tokens_per_batch=256
 )
+backwards = Job(
+    name="backwards", build_model=Backwards, make_batch=make_batch, loss=loss, batch_size=8,
+    tokens_per_batch=256,
+)
 """
 SEARCHED = {"ddp", "fsdp2", "activation-checkpointing"}
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "two_blocks"])
+@pytest.mark.parametrize("name", ["encoder_decoder", "two_blocks", "backwards"])
 def test_the_answer_has_what_divides_the_batch_and_says_what_is_not_modelled(
     name: str, tmp_path: Path
 ) -> None:

@@ -419,16 +419,16 @@ class _GridPredictor:
         try:
             inside = [self._with_collectives(layout, composer.block(layout, compute, u)) for u in grid.inside]
             ends = [self._with_collectives(layout, composer.ends(layout, compute, u)) for u in grid.ends]
+            hidden_bytes = self.traced.hidden_bytes("fp32" if compute == "fp32" else self.computes[0])
         except UserError:
             return None
         ranks, staged = layout.data * layout.context, layout.stages > 1
         states = [self._state(s, ranks, staged) for s in grid.states]
         cut_degree = layout.context * (layout.tensor if layout.sequence else 1)
-        hidden_as = "fp32" if compute == "fp32" else self.computes[0]
         inputs = GridInputs(
             blocks=self.traced.blocks,
             tensors=self.traced.tensors,
-            hidden_bytes=self.traced.hidden_bytes(hidden_as) / cut_degree,
+            hidden_bytes=hidden_bytes / cut_degree,
             inside=inside,
             ends=ends,
             states=states,

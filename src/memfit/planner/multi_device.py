@@ -56,7 +56,8 @@ def search_many_devices(plan_predictor: Predictor, ranks: int, request: MultiDev
     ``plan_predictor``'s deadline nothing further is traced once a plan fits, nor are further numbers of
     devices tried. Raises NothingFits, with the changes that would help, if no plan meets memory, deadline and
     budget; UserError if no plan is possible, for example because the batch cannot be divided, if the model
-    has no repeated blocks, or if the speed of the device is unknown.
+    has no repeated blocks, or if the speed of the device is unknown; NoPartsError if none can be predicted
+    because the model's blocks do not run one after the other.
     """
     predictor, goal = MultiDevicePredictor(plan_predictor, request), request.goal
 

@@ -53,7 +53,7 @@ def multi_device_extent(
     recommended.
     """
     goal = predictor.request.goal
-    searched = [ranks for ranks in sizes if ranks in predictor.grid_sketches]
+    searched = _searched(predictor, sizes)
     if goal is Objective.FEWEST:
         unknown = "goal"
     else:
@@ -90,9 +90,7 @@ def trace_for_bound(
     kept_s = _KEPT_SHARE * predictor.request.limit_s
     for attempt in range(_MOST_TRACES):
         best_score = min(score(e, goal) for e in traced if meets_limits(e))
-        untraced = untraced_in_grids(
-            predictor, [r for r in sizes if r in predictor.grid_sketches], best_score
-        )
+        untraced = untraced_in_grids(predictor, _searched(predictor, sizes), best_score)
         if not isinstance(untraced.first, Sketch) or untraced.lowest >= best_score * (1 - GOOD_GAIN):
             return
         predictor.progress("bound", attempt, _MOST_TRACES, "")
@@ -183,6 +181,11 @@ def untraced_in_grids(
 def unique_pairs(predictor: MultiDevicePredictor) -> list[tuple[Estimate, Estimate]]:
     """Return (estimate by the sketch, estimate by the whole trace) of each plan that has both, once."""
     return list({trace.plan: (sketch, trace) for sketch, trace in predictor.pairs}.values())
+
+
+def _searched(predictor: MultiDevicePredictor, sizes: Sequence[int]) -> list[int]:
+    """Return those of the numbers of devices for which plans were predicted."""
+    return [n for n in sizes if n in predictor.grid_sketches and predictor.grid_sketches[n].picks]
 
 
 def _by_memory(predictor: MultiDevicePredictor) -> bool:

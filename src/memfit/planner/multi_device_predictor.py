@@ -58,6 +58,11 @@ class MultiDeviceRequest:
     limit_s: float | None = None  # the search's time limit, as the result states it
 
 
+class NoPartsError(UserError):
+    """Raised by a search for several devices if plans are possible, but none can be predicted from traces of
+    parts of the model, as when its blocks do not run one after the other. The message is the first reason."""
+
+
 class MultiDevicePredictor:
     """Predicts plans of one job on one machine for different numbers of devices: by sketches, composed from
     small traces, and by whole traces.
@@ -204,7 +209,8 @@ class MultiDevicePredictor:
         devices.
 
         Numbers for which no plan is possible are left out. If the deadline passes once a number has a plan,
-        the numbers after it are left out, too. Raises the UserError of the first number if none has a plan.
+        the numbers after it are left out, too. Raises the UserError of the first number if none has a plan,
+        and NoPartsError if plans are possible but none can be predicted.
         """
         estimates, reasons = list[Estimate](), list[UserError]()
         for ranks in counts:
@@ -218,6 +224,9 @@ class MultiDevicePredictor:
                 break
         if len(reasons) == len(counts):
             raise reasons[0]
+        if not estimates:
+            refused = [text for result in self.grid_sketches.values() for text in result.refused]
+            raise NoPartsError(refused[0] if refused else "no plan can be predicted from parts of the model")
         return estimates
 
     def expected(self, e: Estimate) -> Estimate:

@@ -63,7 +63,8 @@ _REACHABLE = (
 )
 _NOT_A_CHAIN = (
     "tensor, context, expert and pipeline parallelism are not modelled for this model, which is no chain of "
-    "at least 3 equal blocks; plans that divide the batch over the devices were searched"
+    "at least 3 equal blocks that run one after the other; plans that divide the batch over the devices were "
+    "searched"
 )
 _OTHER_SPLITS = "another number of micro-batches"
 _GAP_RATIO = 0.05  # optimality gap in a search, where a better answer takes longer than it saves
@@ -533,13 +534,14 @@ def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Pl
     """Search plans with tensor, context, pipeline and data parallelism for up to the request's ranks.
 
     Returns None, without a search, if the model has fewer than 3 blocks or they are not alike; the first may
-    have more parameters than the others. Raises NothingFits if no plan fits, and UserError if no plan is
+    have more parameters than the others. Returns None, too, if the blocks do not run one after the other.
+    Raises NothingFits if no plan fits, and UserError if no plan is
     possible for so many ranks, if the speed of the device is unknown, or if the job cannot be loaded.
     """
     from memfit.planner.block_costs import BLOCKS
     from memfit.planner.block_traces import is_main_chain
     from memfit.planner.multi_device import search_many_devices
-    from memfit.planner.multi_device_predictor import MultiDeviceRequest
+    from memfit.planner.multi_device_predictor import MultiDeviceRequest, NoPartsError
 
     ranks = request.ranks
     progress("trace", 0, 0, "plain training")
@@ -559,6 +561,8 @@ def _search_many(request: Request, progress: Progress, deadline: Deadline) -> Pl
     )
     try:
         result = search_many_devices(predictor, ranks, many_devices_request)
+    except NoPartsError:
+        return None
     finally:
         predictor.deadline = Deadline()
     reason = "asked for" if request.cap_bytes is not None else "the device's memory"
