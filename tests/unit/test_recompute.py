@@ -31,6 +31,7 @@ from memfit.planner.request import Request, make_predictor
 from memfit.planner.search import search
 from memfit.planner.selection import Objective, score
 from memfit.techniques.plan_file import plan_text, read_plan
+from memfit.techniques.recompute.checkpointing import recompute
 from memfit.techniques.recompute.optimal import encode_dropped, read_dropped
 from memfit.techniques.recompute.selective_recompute import DroppedStorage, RecomputedCall, SelectiveRecompute
 from memfit.techniques.registry import make_use
@@ -313,6 +314,27 @@ def test_the_smallest_choice_found_is_used_where_the_solver_returns_none(
 def test_training_refuses_a_plan_whose_tensors_are_not_chosen_yet() -> None:
     with pytest.raises(UserError, match="no tensors to drop have been chosen"):
         TrainingStep(words(), asked(100))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, *, debug: int = 1, scale: float = 1.0) -> torch.Tensor:
+        return debug * scale * torch.relu(self.up(x))
+
+
+def test_a_recomputed_block_gets_arguments_that_are_called_as_those_of_checkpoint() -> None:
+    block, x = Scaled(), torch.ones(2, 4)
+    plain = block(x, debug=3, scale=2.0)
+    plain.sum().backward()
+    gradient, block.up.weight.grad = block.up.weight.grad, None
+    recompute(block)
+    again = block(x, debug=3, scale=2.0)
+    again.sum().backward()
+    assert torch.equal(again, plain)
+    assert torch.equal(block.up.weight.grad, gradient)
 
 
 def test_a_choice_for_another_model_is_refused() -> None:

@@ -29,12 +29,16 @@ def recompute(block: torch.nn.Module, **options: Any) -> None:
     from torch.utils.checkpoint import checkpoint
 
     inner: Callable[..., Any] = block.forward
+    own_names = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"}
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
             return inner(*args, **kwargs)
-        return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
+        run = inner
+        if taken := {name: kwargs.pop(name) for name in own_names & kwargs.keys()}:
+            run = functools.partial(inner, **taken)  # such as ``debug``, which checkpoint would take itself
+        return checkpoint(run, *args, use_reentrant=False, **options, **kwargs)
 
     block.forward = forward
 
