@@ -180,6 +180,13 @@ def test_tensor_parallelism_does_not_split_the_vocabulary_of_an_island() -> None
         trace(job, on_two(tensor_parallel={"vocabulary": "gathered"}))
 
 
+def test_context_parallelism_refuses_attention_inside_a_module_of_torch() -> None:
+    across = SequenceRanks(group="", rank=1, ranks=2, device="cpu", length=8)
+    module, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.ones(1, 8, 4)
+    with GatheredAttention(across), pytest.raises(UserError, match=r"MultiheadAttention"):
+        module(x, x, x)
+
+
 def test_context_parallelism_replaces_only_ranges_that_count_the_positions_of_a_part() -> None:
     across = SequenceRanks(group="", rank=1, ranks=2, device="cpu", length=4)
     with GatheredAttention(across):

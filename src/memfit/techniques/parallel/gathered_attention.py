@@ -65,7 +65,7 @@ class SequenceRanks(GroupCollectives):
 class GatheredAttention(TorchFunctionMode):
     """Mode in which scaled_dot_product_attention covers the keys and values of all ranks' parts of the
     sequence, and ``torch.arange(n)`` returns this rank's positions in the whole sequence if n is the length
-    of a part.
+    of a part. Calls of ``multi_head_attention_forward``, as by torch.nn.MultiheadAttention, raise UserError.
 
     ``across.fixed`` lists exceptions: the places in the code that also counted to n when the sequence was
     whole, and therefore count something else than positions.
@@ -79,6 +79,12 @@ class GatheredAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return _attention(self.across, *args, **kwargs)
+        if func is functional.multi_head_attention_forward:  # this mode does not see the attention inside
+            raise UserError(
+                "context-parallel does not support torch.nn.MultiheadAttention",
+                allowed="attention by torch.nn.functional.scaled_dot_product_attention",
+                hint="plan with --without context-parallel",
+            )
         out = func(*args, **kwargs)
         length = self.across.length
         if _arange_length(func, args) == length and length not in self.across.fixed.get(_site(), ()):
