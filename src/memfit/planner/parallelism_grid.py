@@ -566,7 +566,7 @@ def no_grid_error(limits: Limits) -> UserError:
         return UserError(
             f"the excluded techniques, the accuracy and the micro-batch leave no plan for {devices}",
             hint="relax --without (exclude fewer techniques), --accuracy (allow larger changes of the "
-            "training) or --micro-batch (another size, or none)",
+            "training) or --micro-batch (a divisor of the samples of a data-parallel rank, or none)",
         )
     return UserError(
         f"a batch of {limits.batch} samples cannot be shared evenly by {devices}",

@@ -193,8 +193,8 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
     job, ranks = load(request.job_ref), request.ranks
     if replicas and job.batch_size < ranks:
         raise UserError(
-            f"a batch of {job.batch_size} samples cannot be divided over {ranks} ranks, each of which needs "
-            "at least one",
+            f"a batch of {job.batch_size} cannot be divided over {ranks} ranks, each of which needs at least "
+            "one sample",
             allowed=f"a batch of at least {ranks} samples (--batch, or the job's own)",
             hint="or fewer ranks: a smaller --nproc, or --on a machine with fewer devices",
         )
