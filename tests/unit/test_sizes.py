@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,16 @@ def test_the_batch_is_not_reduced_below_one_sample_per_rank(monkeypatch: pytest.
     monkeypatch.setattr(local_machine, "free_bytes", lambda: 1)
     _, job, *_ = search._reduce_batch(request, job, predictor, predictor.whole(make_plain_plan(2)))
     assert job.batch_size == 2
+
+
+def test_a_job_whose_batch_cannot_be_halved_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("from tiny import words\njob = words()\n")
+    machine = local_machine.this_machine("world", "cpu")
+    request = Request(job_ref=JobRef(spec=f"{mine}:job"), machine=machine)
+    job, predictor = make_predictor(request)
+    monkeypatch.setattr(local_machine, "free_bytes", lambda: 1)
+    with pytest.raises(UserError, match=r"does not fit the free memory .*halved: .* does not accept --batch"):
+        search._reduce_batch(request, job, predictor, predictor.whole(Plan()))

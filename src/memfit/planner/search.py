@@ -576,14 +576,23 @@ def _reduce_batch(
 ) -> tuple[Request, Job, Predictor, Estimate]:
     """Return the four arguments, changed to a batch that was halved until plain training fits the device's
     memory that is free now (on a CPU, its share for one rank), or until there is one sample per rank. They
-    are returned unchanged if plain training fits already."""
+    are returned unchanged if plain training fits already. Raises UserError if it does not, and the job takes
+    no other batch."""
     free_bytes = local_machine.free_device_bytes(request.device_kind)
     if request.machine.device.is_host:
         free_bytes //= request.ranks
     while needed_bytes(baseline, request.machine) > free_bytes and job.batch_size > request.ranks:
         smaller_job = dataclasses.replace(request.job_ref, batch=max(request.ranks, job.batch_size // 2))
         request = dataclasses.replace(request, job_ref=smaller_job)
-        job, predictor = make_predictor(request)
+        try:
+            job, predictor = make_predictor(request)
+        except UserError as error:
+            raise UserError(
+                f"plain training of a batch of {job.batch_size} does not fit the free memory of this "
+                f"machine, and the batch cannot be halved: {error.given}",
+                allowed=error.allowed,
+                hint=error.hint,
+            ) from error
         limit_micro_batches(predictor, request.accuracy)
         baseline = predictor.whole(make_plain_plan(request.ranks))
     return request, job, predictor, baseline
