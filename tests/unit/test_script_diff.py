@@ -493,6 +493,10 @@ REFUSED = {
         ),
         "makes optimizer in a loop, but model before it",
     ),
+    "gradients that are freed by hand": (
+        PLAIN.replace("optimizer.zero_grad()", "for p in model.parameters():\n            p.grad = None"),
+        "line 22 changes gradients after the model is called",
+    ),
     "a norm that is set late": (
         PLAIN.replace("parameters(), 1.0)", "parameters(), norm)").replace(
             "scheduler = torch", "used = len(optimizer.param_groups)\nnorm = 1.0\nscheduler = torch"
@@ -1013,6 +1017,13 @@ def test_a_model_for_each_fold_gets_the_plan_in_the_loop_and_memfit_is_imported_
     exec(FOLDS, plain)
     exec(edited, with_plan)
     assert with_plan["sums"] == pytest.approx(plain["sums"], rel=1e-4)
+
+
+def test_what_is_read_after_the_step_is_said_to_be_of_the_last_micro_batch() -> None:
+    text = PLAIN.replace("scheduler.step()", "print(loss.item(), out.argmax(1) == y)")
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 2}})
+    told = "after fit.split, loss, out, y are those of the last micro-batch: check what you log"
+    assert told in edit.remarks
 
 
 def test_the_plan_is_applied_where_the_clipping_norm_is_known() -> None:

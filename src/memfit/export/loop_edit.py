@@ -217,17 +217,33 @@ def _accumulation_remarks(loop: Loop) -> Iterator[str]:
         yield (
             f"run once for each micro-batch now, so check what they count or log: {number_lines(repeated)}"
         )
+    computed = {n for s in _leaves(between) if s not in moved for n in _set_anew(s)}
     used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
-    if shown := sorted(used & {loop.update.loss, *loop.batch}):
-        yield f"after fit.split, {', '.join(shown)} is that of the last micro-batch: check what you log"
+    if shown := sorted(used & {loop.update.loss, *loop.batch, *computed}):
+        verb = "is that" if len(shown) == 1 else "are those"
+        yield f"after fit.split, {', '.join(shown)} {verb} of the last micro-batch: check what you log"
+
+
+def _set_anew(statement: ast.stmt) -> set[str]:
+    """Return the variables that a simple statement sets without reading them."""
+    is_sum = isinstance(statement, ast.AugAssign)
+    return set() if is_sum else {*stored_names(statement)} - loaded_names(statement)
 
 
 def _must_split_alike(source: Source, loop: Loop) -> None:
     """Raise UserError if the step's loss would not be the mean of those of its micro-batches: if the loop, or
     a function that it calls, has a loss with reduction="sum"; if the loss variable has a value before the
-    model is called, to which each micro-batch would add; or if the loop computes one variable of the batch
-    from another before forward, such as the number of samples."""
+    model is called, to which each micro-batch would add; if gradients change between that call and backward,
+    other than by zero_grad; or if the loop computes one variable of the batch from another before forward,
+    such as the number of samples."""
     names, loss = list(loop.batch), loop.update.loss
+    for statement in loop.body[loop.forward : loop.backward]:
+        gradients = (n for n in ast.walk(statement) if isinstance(n, ast.Attribute) and n.attr == "grad")
+        if any(name_of(n.value) not in {"autograd", "func"} for n in gradients):
+            raise UserError(
+                f"line {statement.lineno} changes gradients after the model is called, which each "
+                "micro-batch would do: use zero_grad"
+            )
     statements: list[ast.AST] = [*loop.body[: loop.backward]]
     calls = {name_of(n.func) for s in statements for n in ast.walk(s) if isinstance(n, ast.Call)}
     statements += [n for n in ast.walk(source.tree) if isinstance(n, ast.FunctionDef) and n.name in calls]
