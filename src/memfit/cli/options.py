@@ -241,9 +241,10 @@ class SearchOptions:
             metavar="exact|rounding|any",
             help="How a recommended plan may change the numbers that training computes. exact: not at all, "
             "they stay equal bit for bit; rounding (the default): by sums in another order or other "
-            "rounding, as in lower precision; any: also by another algorithm, such as another optimizer or "
-            "LoRA. Without a search for a plan it has no effect. Refused by `memfit estimate` with "
-            "--lengths or --precision and by `memfit decide` without --pilot and --full.",
+            "rounding, as in lower precision; any: also by another algorithm, such as another optimizer, "
+            "LoRA or BatchNorm over parts of the batch. Without a search for a plan it has no effect. "
+            "Refused by `memfit estimate` with --lengths or --precision and by `memfit decide` without "
+            "--pilot and --full.",
         ),
     ] = "rounding"
     engine: Annotated[

@@ -180,7 +180,7 @@ def _from_csv(path: str, column: str | None) -> list[int]:
         names_text += ", …" if len(column_names) > _MOST_NAMES else ""
         raise UserError(
             f"the CSV file {path} has no column {named_or_of_whole_numbers}",
-            allowed=f"a column with the lengths; those of this file are {names_text}",
+            allowed=f"a column with the lengths; the columns of this file are {names_text}",
             hint="--column names the column",
         )
     if column is None and column_name.strip().isdecimal():
