@@ -1042,6 +1042,11 @@ def test_a_search_leaves_out_what_the_script_cannot_have() -> None:
     for text, library in (
         (TRAINER, "TrainingArguments"),
         (TRAINER.replace("TrainingArguments", "Seq2SeqTrainingArguments"), "TrainingArguments"),
+        (
+            "from transformers import TrainingArguments as Settings\n"
+            + TRAINER.replace("TrainingArguments(", "Settings("),
+            "TrainingArguments",
+        ),
         (ACCELERATE, "Accelerate"),
         (LIGHTNING, "Lightning"),
     ):

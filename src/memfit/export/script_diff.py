@@ -298,14 +298,7 @@ def _micro_batch(
                 hint=f"change the script's batch to a multiple of {steps} samples",
             )
         return str(whole // steps), whole
-    parts = [
-        source.of(part)
-        if isinstance(part, ast.Name | ast.Attribute | ast.Constant)
-        else f"({source.of(part)})"
-        for part in (batch, old_steps)
-        if part is not None
-    ]
-    product = " * ".join(parts)
+    product = " * ".join(source.of(part) for part in (batch, old_steps) if part is not None)
     return (product if steps == 1 else f"{product} // {steps}"), None
 
 

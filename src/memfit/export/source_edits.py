@@ -83,9 +83,12 @@ class Source:
         )
 
     def calls(self, names: frozenset[str]) -> list[ast.Call]:
-        """Return all calls of a function or class whose name, without the module, is in ``names``."""
+        """Return all calls of a function or class whose name, without the module, is in ``names``, also under
+        another name that an import gives it."""
+        imports = [node for node in ast.walk(self.tree) if isinstance(node, ast.ImportFrom)]
+        aliases = {a.asname: a.name for statement in imports for a in statement.names if a.asname}
         calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
-        return [call for call in calls if name_of(call.func) in names]
+        return [c for c in calls if aliases.get(name_of(c.func), name_of(c.func)) in names]
 
     def with_keywords(self, call: ast.Call, values: Mapping[str, str]) -> list[Replacement]:
         """Return the replacements that give ``call`` the keyword arguments ``values``, name -> source of the
