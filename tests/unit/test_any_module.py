@@ -709,9 +709,7 @@ def test_an_optimizer_that_divides_by_one_minus_its_scalars_is_predicted() -> No
 
 def test_an_optimizer_with_a_closure_is_refused() -> None:
     lbfgs = torch.optim.LBFGS
-    with pytest.raises(
-        UserError, match="the optimizer LBFGS needs a closure in its step, to compute"
-    ):
+    with pytest.raises(UserError, match="the optimizer LBFGS needs a closure in its step, to compute"):
         memfit.estimate(
             nn.Linear(4, 4), torch.randn(2, 4), loss=lambda output, batch: output.sum(), optimizer=lbfgs
         )
