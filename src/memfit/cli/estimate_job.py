@@ -46,9 +46,9 @@ class TraceFileOptions:
         Path | None,
         typer.Option(
             metavar="FILE.pickle",
-            help="Also write the memory of a training step to this file, as a snapshot for PyTorch's memory "
-            "viewer. The file is overwritten if it exists. Not with two plan files, --engines, --lengths or "
-            "--precision.",
+            help="Also write the memory of a training step to this file, as a snapshot for PyTorch's "
+            "memory viewer (pytorch.org/memory_viz). The file is overwritten if it exists. Not with two "
+            "plan files, --engines, --lengths or --precision.",
         ),
     ] = None
     perfetto: Annotated[

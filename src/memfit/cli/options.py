@@ -84,8 +84,9 @@ class SizeOptions:
             min=1,
             max=MOST,
             help="Number of optimizer steps of the training; with `memfit run --resume`, the steps before "
-            "the checkpoint count. It changes a prediction only through --deadline and --budget. Default: "
-            "the job's number. Refused by `memfit estimate` with a COMMAND or --lengths.",
+            "the checkpoint count. In `memfit plan` and `memfit estimate` it matters only for --deadline "
+            "and --budget. Default: the job's number. Refused by `memfit estimate` with a COMMAND or "
+            "--lengths.",
         ),
     ] = None
     batch: Annotated[
