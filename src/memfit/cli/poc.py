@@ -79,8 +79,9 @@ class PocOptions:
             "time, such as 90m or 24h, or US dollars such as 20USD, which are refused if the price of a "
             "device is unknown. Both can be given. A device hour is one device, or one process on a CPU, "
             "for one hour. When the budget is used up, running runs are ended and the command fails; the "
-            "same command then makes those that are left. Default: asked for on a terminal; elsewhere and "
-            "with --json it must be given.",
+            "same command then makes those that are left. Default: asked for on a terminal after the "
+            "search; elsewhere and with --json, the command then fails, and says how long the runs are "
+            "predicted to take.",
         ),
     ] = None
     out: Annotated[
