@@ -69,8 +69,8 @@ def test_law_a_negative_size_is_formatted_as_the_positive_one_with_a_minus(one: 
 def test_sizes_and_times_have_the_unit_that_fits() -> None:
     sizes = [format_bytes(n) for n in (0, 1023, 1024, 1.5 * MIB, 24 * GIB, 2**41)]
     assert sizes == ["0 B", "1023 B", "1 KiB", "1.5 MiB", "24 GiB", "2 TiB"]
-    times = [format_seconds(s) for s in (0.0123, 0.9, 4.56, 119, 120, 7200, 11520, 5.1 * 86400)]
-    assert times == ["12.3 ms", "900 ms", "4.56 s", "119 s", "2 min", "2 h", "3.2 h", "5.1 d"]
+    times = [format_seconds(s) for s in (0.0123, 0.9, 4.56, 119, 120, 7200, 11520, 5.1 * 86400, -3.2)]
+    assert times == ["12.3 ms", "900 ms", "4.56 s", "119 s", "2 min", "2 h", "3.2 h", "5.1 d", "-3.2 s"]
 
 
 def test_a_suggestion_is_the_most_similar_name_or_empty() -> None:

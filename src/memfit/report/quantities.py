@@ -125,7 +125,7 @@ def number_text(value: float, unit: str) -> str:
     if unit == "bytes":
         return format_bytes(value)
     if unit == "s":
-        return f"{'-' if value < 0 else ''}{format_seconds(abs(value))}"
+        return format_seconds(value)
     if unit.startswith("money "):
         return _cash(value, unit)
     if unit == "usd":

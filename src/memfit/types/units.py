@@ -27,8 +27,11 @@ def format_bytes(size_bytes: float) -> str:
 def format_seconds(seconds: float) -> str:
     """Return the duration as text with at most three significant digits: ``12.3 ms``, ``4.56 s``, ``3.2 h``.
 
-    It is in ms below 1 s, in s below 2 min, in min below 2 h, in h below 2 d, else in d.
+    It is in ms below 1 s, in s below 2 min, in min below 2 h, in h below 2 d, else in d. A negative duration
+    has the unit of its absolute value.
     """
+    if seconds < 0:
+        return f"-{format_seconds(-seconds)}"
     for unit, scale in (("d", 86_400.0), ("h", 3_600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= scale * (2 if unit in ("d", "h", "min") else 1):
             return f"{seconds / scale:.3g} {unit}"
