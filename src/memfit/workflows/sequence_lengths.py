@@ -131,7 +131,8 @@ def _from_npz(path: str, column: str | None) -> list[int]:
             unpacked_bytes = sum(info.file_size for info in archive.infolist())
         if unpacked_bytes > (most_bytes := unpacked_limit(len(data), _MOST_NPZ_BYTES)):
             raise UserError(
-                f"{path} is too large when unpacked", allowed=f"at most {most_bytes} bytes from this file"
+                f"{path} is too large when unpacked",
+                allowed=f"at most {most_bytes} bytes for a file of this size",
             )
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if column in (None, k)}
