@@ -354,3 +354,25 @@ def test_ranks_listen_to_this_machine_alone() -> None:
     measurements = run_ranks(config, on_event=lambda rank, event: events.append(event))
     assert {m.outcome for m in measurements} == {OutcomeKind.OK}, measurements
     assert [e["on"] for e in events if e["event"] == "listens"] == [["127.0.0.1"]] * 2
+
+
+SAYING = """
+import json, os, time
+print(json.dumps({"event": "hello", "by": "memfit"}), flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_error_of_on_event_for_one_rank_kills_all_at_once() -> None:
+    spec = RunSpec(name="test", role="run", job=JobRef(spec="x"), plan=Plan(ranks=2), seed=0, steps=1)
+    argv = (sys.executable, "-c", SAYING, "{dir}")
+    config = LaunchConfig(engine="test", argv=argv, env={}, files={}, spec=spec)
+
+    def fail(rank: int, event: Any) -> None:
+        if rank == 1:
+            raise ZeroDivisionError
+
+    began_s = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        run_ranks(config, on_event=fail)
+    assert time.monotonic() - began_s < 30, "rank 0 sleeps for a minute"

@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 import report_fixture
 
+from memfit.jobs.user_job import source_digest
 from memfit.planner.request import Planning, Request
 from memfit.report.words import load_words
 from memfit.runtime.local_machine import this_machine
@@ -289,6 +290,33 @@ def test_a_record_of_another_trial_is_refused(tmp_path: Path, program: Program) 
     sweep = run(trials(seeds=1, plain=Plan()), store)
     assert states(sweep) == ["failed"]
     assert sweep.results[0].reason == "the trial's record is that of another trial"
+    assert store.records(kind=RUN) == ()
+
+
+def test_a_run_of_a_file_that_changed_after_the_sweep_began_is_refused(
+    tmp_path: Path, program: Program
+) -> None:
+    file = tmp_path / "job.py"
+    file.write_text(
+        "from memfit.jobs.registry import load\nfrom memfit.types.job import JobRef\n\n"
+        "def make():\n    return load(JobRef(spec='char-lm'))\n"
+    )
+    placement = Placement(executor="local", settings={"parallel": "1"})
+    job, store = JobRef(spec=f"{file}:make", steps=1), Store(tmp_path / "store.sqlite3")
+    all_trials = make_trials(job, {"plain": Plan()}, [placement], RunSettings(), seeds=1)
+    file.write_text(file.read_text() + "# changed\n")
+    now = source_digest(job.spec)  # what the trial's run reads, and reports
+
+    def reading(trial: SweepTrial, threads: int, settings: RunSettings, folder: Path) -> Iterator[str]:
+        record = record_of(a_run(trial, source_digest=now), trial.trial_id)
+        (folder / "text").write_text(run_record_text(record), encoding="utf-8")
+        yield from (sys.executable, "-I", "-S", "-c")
+        yield f"import os; os.rename({str(folder / 'text')!r}, {str(folder / 'record.json')!r})"
+
+    sweeps._command = reading  # the fixture restores it
+    sweep = run(all_trials, store)
+    assert states(sweep) == ["failed"]
+    assert "changed before this run of it began" in sweep.results[0].reason
     assert store.records(kind=RUN) == ()
 
 

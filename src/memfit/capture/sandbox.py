@@ -379,7 +379,7 @@ def _output_files() -> set[tuple[int, int]]:
         while pid > 1:
             files |= {_identity(f"/proc/{pid}/fd/{number}") for number in (1, 2)}
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return files
+    return files - {(0, 0)}
 
 
 def _identity(name: str) -> tuple[int, int]:

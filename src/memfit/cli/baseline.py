@@ -84,7 +84,7 @@ class BaselineOptions:
             metavar="N",
             min=1,
             help="For write with a JOB, otherwise refused: samples per optimizer step of the jobs, of all "
-            "processes together. Default: each job's own number.",
+            "processes together. Refused by a memfit.Job in FILE.py:NAME. Default: each job's own number.",
         ),
     ] = None
     length: Annotated[

@@ -34,17 +34,17 @@ class LengthOptions:
         typer.Option(
             metavar="FILE",
             help="For a JOB (default here: protein-lm): show how the lengths of your sequences affect the "
-            "memory of training: the predicted peak of a batch by padded length and of random batches, the "
-            "longest length that fits, the probability of running out of memory, the batch to try first, "
-            "and six ways to make batches, such as sorted by length or packed. FILE has the sequences or "
-            "their lengths. .fasta, .fa or .faa (also with .gz): the sequences, of which each letter counts "
-            "as a token; .csv with a header line, or .npz: the lengths (see --column); any other file: the "
-            "lengths, one whole number per line. For two sizes of each sample, see --columns. Without "
-            "--size NAME@N a built-in job gets as many positions as the longest sequence has, at least 64. "
-            "A step trains --batch sequences (default: the job's number), or all if FILE has fewer. "
-            "--memory: by default all memory of one device of --on. Jobs whose samples have no length are "
-            "refused. Of the options of a JOB, only --size, --batch, --plan, --memory and --on can be used "
-            "with it, and --lang ja only with --json.",
+            "memory of training: the predicted peak of a batch by padded length and of random batches, "
+            "the longest length that fits, the probability of running out of memory, the batch to try "
+            "first, and six ways to make batches, such as sorted by length or packed. FILE has the "
+            "sequences or their lengths. .fasta, .fa or .faa (also with .gz): the sequences, of which "
+            "each letter counts as a token; .csv with a header line, or .npz: the lengths (see --column); "
+            "any other file: the lengths, one whole number per line. For two sizes of each sample, see "
+            "--columns. Without --size NAME@N a built-in job gets as many positions as the longest "
+            "sequence has, at least 64. A step trains --batch sequences (default: the job's number), or "
+            "all if FILE has fewer. --memory: by default all memory of one device of --on. Jobs whose "
+            "samples have no length are refused without --columns. Of the options of a JOB, only --size, "
+            "--batch, --plan, --memory and --on can be used with it, and --lang ja only with --json.",
         ),
     ] = None
     column: Annotated[

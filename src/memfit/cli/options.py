@@ -107,12 +107,14 @@ class SizeOptions:
             metavar="N",
             min=1,
             max=MOST,
-            help="Length of a sample: tokens, residues, bases or, for char-lm, bytes. Built-in jobs take "
-            "16 to 262144; they crop longer proteins, and leave out longer molecules. hf: jobs take what "
-            "the model has positions for. A function FILE.py:NAME gets it as its argument length. Default: "
-            "the length of the job's size; for `memfit plan --from`, that of the files if they state one "
-            "that the job accepts. Refused by weather, potential, segmentation3d and hf: models of images, "
-            f"whose samples have no length. {_NOT_FOR_LENGTHS}",
+            help="Length of a sample: tokens, residues, bases or, for char-lm, bytes. For hf: models with "
+            "encoder and decoder: tokens of the source, and of the target without --dim target=N; for hf: "
+            "models of speech: tokens of the transcript. Built-in jobs take 16 to 262144; they crop "
+            "longer proteins, and leave out longer molecules. hf: jobs take what the model has positions "
+            "for. A function FILE.py:NAME gets it as its argument length. Default: the length of the "
+            "job's size; for `memfit plan --from`, that of the files if they state one that the job "
+            "accepts. Refused by weather, potential, segmentation3d and hf: models of images, whose "
+            f"samples have no length. {_NOT_FOR_LENGTHS}",
         ),
     ] = None
 

@@ -39,8 +39,9 @@ class DiffOptions:
             "as a diff for `patch -p0` or `git apply -p0`; if the script cannot be edited, the lines to "
             "insert by hand. A script with the Trainer of transformers gets TrainingArguments, one with "
             "Accelerate arguments of Accelerator, one with Lightning arguments of Trainer, and a loop of "
-            "plain PyTorch the lines of memfit.apply. The file is only read. Uses the plan of --plan or "
-            "else the recommended one; if the script cannot express that, the fastest other that fits. Not "
+            "plain PyTorch the lines of memfit.apply. The file is only read. Uses the plan of --plan, and "
+            "no other; without --plan, the recommended one or, if the script cannot express that, the "
+            "fastest other that fits. Not "
             "with --from, --largest, --corrected-by, --measure or --explain-infeasible, not without JOB, "
             "and with --lang ja only as --json. Example: memfit plan job.py:train --diff train.py | patch "
             "-p0. Without a job of the script, use `memfit estimate --plans --diff`.",

@@ -34,7 +34,8 @@ class ReportOptions:
         typer.Option(
             metavar="ID",
             help="ID of the proof of concept in the store to report on; one that was run here, not a record "
-            "from others. Default: the one begun last; with --watch, none.",
+            "from others. Default: the one begun last; with --watch, the report is of the watched "
+            "training alone.",
         ),
     ] = None
     case: Annotated[

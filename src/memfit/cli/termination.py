@@ -54,8 +54,9 @@ class Termination:
 @contextlib.contextmanager
 def interrupted_by_signals() -> Iterator[Termination]:
     """Inside this context, SIGTERM and SIGHUP raise `Terminated`. If Python swallows that, or the
-    KeyboardInterrupt of Ctrl-C, it is raised again (`Termination.resend`). A signal that is ignored, as under
-    nohup, or that has a handler of its own keeps that. Outside the main thread, nothing is changed."""
+    KeyboardInterrupt of Ctrl-C, this context sends the signal again (`Termination.resend`). A signal that is
+    ignored, as under nohup, or that has a handler of its own keeps that. Outside the main thread, nothing is
+    changed."""
     termination = Termination()
     if threading.current_thread() is not threading.main_thread():
         yield termination

@@ -93,7 +93,8 @@ def fit(shapes: Sequence[Shape] | Sequence[SizePair], traces: Sequence[Trace]) -
         raise UserError(
             "memfit estimate --lengths cannot predict this job: which operators a step runs depends on the "
             "length of the sequences, so no formula gives the peak memory of a step by that length",
-            hint="run `memfit estimate JOB` for each length that you need, with --length",
+            hint="run `memfit estimate JOB --length N` for each length N that you need; a memfit.Job takes "
+            "no --length: make it a function with the argument length that returns the Job",
         )
     terms = np.array([s.terms for s in shapes])
     scale = terms.max(axis=0)

@@ -113,7 +113,8 @@ def _with_offload(
     """Return ``step`` with the seconds that compute waits for offloading added: the copies of tensors to host
     memory or disk and back, and reads and writes of state on local storage. They also become its work of the
     "host link" and of "storage". Reads and writes of state are taken to overlap with nothing, as in DeepSpeed
-    unless its pipeline_read and pipeline_write are set.
+    unless its pipeline_read and pipeline_write are set. ``storage``: the rates of local storage; None only
+    for a trace that keeps no state there.
     """
     copy_s = _scale_to_step(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(
         machine, model

@@ -287,7 +287,9 @@ def _must_be_only(optimizer: str, bodies: list[Statements], scaler: str) -> None
     statements = [s for body in bodies for s in body]
     stepped = {_stepped_optimizer(s, scaler) for s in statements} - {None, optimizer}
     if others := sorted(map(str, stepped & {_method(s, "zero_grad") for s in statements})):
-        raise UserError(f"the loop trains with more than one optimizer: {optimizer} and {others[0]}")
+        raise UserError(
+            f"the loop steps two optimizers, {optimizer} and {others[0]}; only loops with one are edited"
+        )
 
 
 def _clipping(statement: ast.stmt, scaler: str) -> tuple[ast.expr, ast.expr | None] | None:

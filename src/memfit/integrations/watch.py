@@ -70,7 +70,8 @@ class _TrainerHooks:
 
 class _LightningHooks:
     """Callback that watches each optimizer step of Lightning's Trainer on this rank, as `memfit.watch` does.
-    The loss of a step is that of the last micro-batch.
+    The loss of a step is that of the last micro-batch, which Lightning has divided by
+    ``accumulate_grad_batches`` in automatic optimization.
 
     ``file``: by default run.jsonl in the Trainer's ``default_root_dir``. ``logger``: by default the Trainer's
     logger. Other arguments are those of `memfit.watch`. Raises UserError for wrong arguments at the start of

@@ -155,7 +155,7 @@ def batch_size(s: Setup) -> int:
 def _count(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(
-            f"OpenFold's setting {name} is {json.dumps(value)}",
+            f"OpenFold's JSON of changed settings sets {name} to {json.dumps(value)}",
             allowed="a whole number above 0"
             + (", or null (no recomputation)" if name.endswith("blocks_per_ckpt") else ""),
         )

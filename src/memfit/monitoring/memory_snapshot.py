@@ -104,7 +104,7 @@ def parse_snapshot(data: bytes, *, what: str) -> list[MemorySnapshot]:
     ``what``: name of the file in messages."""
     if len(data) > LARGEST_BYTES:
         raise UserError(
-            f"the memory snapshot {what} has {len(data)} bytes",
+            f"the memory snapshot {what} is too large to be read",
             allowed=f"at most {LARGEST_BYTES} bytes",
             hint=_FEWER,
         )

@@ -79,8 +79,9 @@ def _middle(view: _StepView) -> PartCosts:
 
 
 def _between(chain: _StepView, following: _StepView) -> PartCosts:
-    """Return the costs of what runs between two chains. Raises UserError if ``following`` does not begin
-    after the end of ``chain`` in forward, or ``chain`` not after the end of ``following`` in backward."""
+    """Return the costs of what runs between two chains of blocks, such as an encoder and a decoder, each
+    given by its view of the step. Raises UserError if ``following`` does not begin after the end of ``chain``
+    in forward, or ``chain`` not after the end of ``following`` in backward."""
     forward = chain.end(Phase.FORWARD, BLOCKS - 1), following.first_clocks(Phase.FORWARD)[0]
     backward = following.end(Phase.BACKWARD, 0), chain.first_clocks(Phase.BACKWARD)[-1]
     if forward[0] > forward[1] or backward[0] > backward[1]:

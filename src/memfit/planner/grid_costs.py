@@ -341,7 +341,7 @@ def _stage(
     rank: int,
 ) -> tuple[Array, Array]:
     """Return (peak bytes on the device, bytes in host memory) of the pipeline rank ``rank``, which has
-    ``depth`` blocks.
+    ``depth`` blocks. ``offloaded``: by plan, 1 where its activations are offloaded, else 0.
     """
     first, last = rank == 0, rank == layout.stages - 1
     counts, states = axes.counts, axes.states

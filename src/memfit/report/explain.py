@@ -30,8 +30,8 @@ class TracedEstimate:
 
 
 def traced_estimate(estimate: Estimate, trace: Trace, calibration: Calibration) -> TracedEstimate:
-    """Return the estimate with ``trace``, the trace of its rank, to which the workspace at the peak is
-    added."""
+    """Return ``estimate`` with the trace of its rank. ``trace``: that trace; the workspace at the peak is
+    added to it."""
     profile = memory_profile(trace, calibration)
     return TracedEstimate(
         estimate=estimate, trace=with_workspace(trace, profile), peak_clock=profile.peak_clock

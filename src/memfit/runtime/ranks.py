@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -52,6 +53,10 @@ def run_ranks(
     ranks, port = config.spec.plan.ranks, free_port()
 
     def one(rank: int) -> Measurement:
+        with team.stopped_by_errors():
+            return run_one(rank)
+
+    def run_one(rank: int) -> Measurement:
         rank_config = config
         if ranks > 1:
             env = {**config.env, **rank_env(rank, ranks, port)}
@@ -66,11 +71,9 @@ def run_ranks(
     with temporary_folder() as meeting, ThreadPoolExecutor(ranks + 1) as pool:
         watching = pool.submit(team.watch)
         try:
-            measurements = tuple(pool.map(one, range(ranks)))
-        # Including interruptions: the pool waits for its threads, and these wait for their children.
-        except BaseException:
-            team.stop(STOPPED)
-            raise
+            # Also if interrupted: the pool waits for its threads, and these wait for their children.
+            with team.stopped_by_errors():
+                measurements = tuple(pool.map(one, range(ranks)))
         finally:
             team.done.set()
         watching.result()
@@ -111,7 +114,20 @@ class _Team:
         for rank in range(len(self.children)) if ranks is None else ranks:
             self.children[rank].stop(reason)
 
+    @contextlib.contextmanager
+    def stopped_by_errors(self) -> Iterator[None]:
+        """Have all ranks killed if the block raises an error."""
+        try:
+            yield
+        except BaseException:
+            self.stop(STOPPED)
+            raise
+
     def watch(self) -> None:
+        with self.stopped_by_errors():
+            self._watch()
+
+    def _watch(self) -> None:
         last_s = time.monotonic()
         while not self.done.wait(_TICK_S):
             now_s = time.monotonic()

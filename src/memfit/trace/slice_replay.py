@@ -223,7 +223,7 @@ class _LeftOut:
         return self._new(torch.Size([0]), (1,), torch.float32).requires_grad_()
 
     def outputs(self) -> list[FakeTensor]:
-        """Record the forward of the slices and return their outputs."""
+        """Record the forward of the omitted slices, which do not run, and return a fake output for each."""
         self._recorder.multiply_calls(self._forward.calls, 1 + self._count)
         outputs: list[FakeTensor] = []
         for i in self._forward.remaining():
@@ -371,7 +371,7 @@ def _size_bytes(layout: NewTensors) -> int:
 
 def _nodes(root: Any, first_node: int) -> Iterator[Any]:
     """Yield ``root`` and the autograd nodes whose results it uses, directly or not, that have a sequence
-    number of at least ``first_node``, each once."""
+    number of at least ``first_node``, one for each number. All AccumulateGrad nodes have one number."""
     seen, stack = set(), [root]
     while stack:
         node = stack.pop()

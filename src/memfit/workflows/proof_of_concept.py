@@ -491,8 +491,10 @@ class _PocRunner:
     def _by_executor(
         self, poc_id: str, kind: str, specs: Sequence[RunSpec], side_by_side: SideBySide
     ) -> tuple[tuple[Run, ...], tuple[str, ...]]:
-        """Return (the runs of ``specs``, which are stored as rows of ``kind``; sentences on where they were
-        made). Raises RunError if the budget did not suffice for all."""
+        """Return (the runs of ``specs``, in their order; sentences on where they were made). Each run is
+        stored as a row of ``kind`` as soon as it ends. One that reported nothing is returned as failed and is
+        not stored. Raises RunError if the budget did not suffice for all, and UserError as
+        ``side_by_side.agree`` and `Sweep.run` do."""
         prepared = [
             PreparedRun(spec=spec, estimate=self.planning.predictor.whole(spec.plan)) for spec in specs
         ]

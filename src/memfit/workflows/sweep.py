@@ -110,10 +110,12 @@ class RunSettings:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SweepTrial:
     """One run of one plan. ``plan_name``: what users call the plan. ``trial_id``: a digest of all that
-    decides on the result: equal trials have equal ones. ``prepared``: exactly what is run, with its
+    decides on the result: equal trials have equal ones. ``source_digest``: that of the job's file, of which
+    ``trial_id`` is (`jobs.user_job.source_digest`). ``prepared``: exactly what is run, with its
     prediction; None: what ``memfit run`` makes of the job, plan and seed."""
 
     trial_id: str
+    source_digest: str
     job: JobRef
     plan: Plan
     plan_name: str
@@ -197,10 +199,12 @@ def make_trials(
     refs = [dataclasses.replace(job, size=size) for size in sizes] or [job]
     for ref in refs:
         load(ref)
+    source = source_digest(job.spec)
     places = {placement.kind: _place_facts(placement, settings.on) for placement in placements}
     trials = tuple(
         SweepTrial(
-            trial_id=_trial_id(ref, plan, seed, places[placement.kind], settings),
+            trial_id=_trial_id(ref, source, plan, seed, places[placement.kind], settings),
+            source_digest=source,
             job=ref,
             plan=plan,
             plan_name=name,
@@ -232,6 +236,7 @@ def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
         trial_id=_digest(
             _place_facts(placement, f"this:{spec.device}"), {"spec": serialization.to_plain(spec)}
         ),
+        source_digest=source,
         job=spec.job,
         plan=spec.plan,
         plan_name=spec.name,
@@ -241,10 +246,12 @@ def prepared_trial(prepared: PreparedRun, placement: Placement) -> SweepTrial:
     )
 
 
-def _trial_id(job: JobRef, plan: Plan, seed: int, place: Mapping[str, str], settings: RunSettings) -> str:
+def _trial_id(
+    job: JobRef, source: str, plan: Plan, seed: int, place: Mapping[str, str], settings: RunSettings
+) -> str:
     facts = {
         "job": serialization.to_plain(job),
-        "source": source_digest(job.spec),
+        "source": source,
         "plan": plan.to_dict(),
         "ranks": plan.ranks,
         "seed": seed,
@@ -652,13 +659,14 @@ def _is_result(run: Run) -> bool:
 
 def _parse_record(trial: SweepTrial, text: str) -> RunRecord:
     """Return the record that the trial wrote. Raises UserError if it is not of this trial, or of another
-    version of the job's file."""
+    version of the job's file than the trial."""
     record = parse_run_record(text, what="the trial's record")
     if record.label != trial.trial_id or record.run.spec.seed != trial.seed:
         raise UserError("the trial's record is that of another trial")
-    if record.run.spec.source_digest != source_digest(trial.job.spec):
+    if record.run.spec.source_digest != trial.source_digest:
         raise UserError(
-            f"the file of {trial.job.spec} has changed since the sweep began", hint="run the sweep again"
+            f"the file of {trial.job.spec} changed before this run of it began",
+            hint="give the same command again, without changing the file meanwhile",
         )
     return record
 

@@ -35,9 +35,10 @@ class StoredState:
     """
 
     def __init__(self, bench: Workbench, shard: torch.Tensor, piece_sizes: Sequence[int], most: int) -> None:
-        """Write the elements of ``shard`` as the master copy. ``piece_sizes``: numbers of elements of the
-        pieces of parameters that make up the shard, in order. A sub-group takes whole pieces until it has at
-        least ``most`` elements (``_create_fp16_sub_groups`` of deepspeed/runtime/zero/stage3.py)."""
+        """Write the elements of ``shard`` to the file, in float32, as the master copy. ``piece_sizes``:
+        numbers of elements of the pieces of parameters that make up the shard, in order. A sub-group takes
+        whole pieces until it has at least ``most`` elements (``_create_fp16_sub_groups`` of
+        deepspeed/runtime/zero/stage3.py)."""
         self.bench, self.host = bench, bench.device_of("host")
         self.sizes = sub_group_sizes(piece_sizes, most)
         self.elements = sum(self.sizes)
