@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
-from memfit.jobs.registry import load
+from memfit.jobs.registry import load, names
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner.recompute_budget import choose_tensors
 from memfit.runtime.counting_allocator import CountingAllocator, available
@@ -332,3 +332,7 @@ def test_every_technique_lowers_a_peak_somewhere(name: str, counter: CountingAll
         pytest.skip(f"not installed: {missing}")
     plain = measured(job_name, (), counter)["peak"]
     assert measured(job_name, (used,), counter)["peak"] < 0.97 * plain
+
+
+def test_every_built_in_job_is_among_those_whose_prediction_is_measured() -> None:
+    assert set(names()) <= JOBS.keys()

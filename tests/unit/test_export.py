@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from memfit import engines
 from memfit.cli import main
 from memfit.cli.export import _file_texts
 from memfit.engines.registry import ENGINES, render
+from memfit.export import readme
 from memfit.export.base import Handover
-from memfit.export.targets import bundle
+from memfit.export.targets import TARGETS, bundle
 from memfit.export.write import digest, write
 from memfit.techniques.plan_file import plan_text, read_plan
 from memfit.techniques.registry import make_use
@@ -394,6 +396,15 @@ def test_mistakes_are_reported_in_one_line(
     assert said in told
     assert told.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_every_target_says_how_its_files_are_started() -> None:
+    assert readme._START.keys() == TARGETS.keys()
+
+
+def test_every_engine_with_a_folder_has_a_training_step_for_the_worker() -> None:
+    folders = [p.parent for p in Path(engines.__file__).parent.glob("*/__init__.py")]
+    assert [f.name for f in folders if not (f / "step.py").is_file()] == []
 
 
 def test_every_engine_but_replay_has_an_export_case() -> None:
