@@ -127,7 +127,7 @@ def test_a_rank_without_loss_terms_adds_nothing() -> None:
 
 def test_a_batch_without_loss_terms_is_refused() -> None:
     step = TrainingStep(dataclasses.replace(words(), loss_terms=lambda part: 0), Plan())
-    with pytest.raises(UserError, match="loss_terms counts no terms in the batch"):
+    with pytest.raises(UserError, match="the batch has no loss terms"):
         step.run(step.job.make_batch(0, 0))
 
 

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     import torch
 
 
+@functools.cache
+def _checkpoint_arguments() -> frozenset[str]:
+    """Return the names of the arguments that torch.utils.checkpoint.checkpoint takes itself."""
+    from torch.utils.checkpoint import checkpoint
+
+    return frozenset({*inspect.signature(checkpoint).parameters, "preserve_rng_state"})
+
+
 def recompute(block: torch.nn.Module, **options: Any) -> None:
     """Make the block keep only its inputs in training mode, and run again in backward. In evaluation mode it
     runs as before. ``options`` are passed to torch.utils.checkpoint.checkpoint, besides use_reentrant=False.
@@ -29,14 +37,13 @@ def recompute(block: torch.nn.Module, **options: Any) -> None:
     from torch.utils.checkpoint import checkpoint
 
     inner: Callable[..., Any] = block.forward
-    own_names = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"}
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
             return inner(*args, **kwargs)
         run = inner
-        if taken := {name: kwargs.pop(name) for name in own_names & kwargs.keys()}:
+        if taken := {name: kwargs.pop(name) for name in _checkpoint_arguments() & kwargs.keys()}:
             run = functools.partial(inner, **taken)  # such as ``debug``, which checkpoint would take itself
         return checkpoint(run, *args, use_reentrant=False, **options, **kwargs)
 
