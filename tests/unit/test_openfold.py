@@ -282,8 +282,8 @@ def test_an_unsupported_network_and_a_missing_file_are_listed_as_left_out(tmp_pa
         ('{"globals.chunk_size": 4, "globals.chunk_size.x": 1}', "or keys below it"),
         ('{"globals.chunk_size.x": 1, "globals.chunk_size": 4}', "or keys below it"),
         ('{"crop_size": 4}', "not a configuration that memfit can read"),
-        ('{"globals.blocks_per_ckpt": "two"}', 'blocks_per_ckpt is "two"'),
-        ('{"data.train.crop_size": null}', "crop_size is null"),
+        ('{"globals.blocks_per_ckpt": "two"}', 'blocks_per_ckpt to "two"'),
+        ('{"data.train.crop_size": null}', "crop_size to null"),
     ],
 )
 def test_bad_configuration_changes_are_refused_in_one_line(

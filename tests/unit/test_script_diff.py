@@ -471,7 +471,7 @@ REFUSED = {
     ),
     "a second optimizer": (
         PLAIN.replace("# forward\n", "other.zero_grad()\n        other.step()\n"),
-        "more than one optimizer",
+        "steps two optimizers",
     ),
     "a norm that is not constant": (
         PLAIN.replace("parameters(), 1.0)", "parameters(), epoch)"),
