@@ -334,7 +334,7 @@ def _device(device: Any, model: torch.nn.Module) -> torch.device:
         torch_device = torch.device(device)
         if not isinstance(first_parameter, FakeTensor):  # `memfit estimate` stands in for the device
             torch.empty(0, device=torch_device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(
             f"the argument device is {device!r}, which torch cannot use here: {first_line(error)[:200]}",
             allowed='a device of this machine such as "cpu" or "cuda:0", or None: where the parameters are',

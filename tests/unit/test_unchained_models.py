@@ -39,32 +39,26 @@ def t5():
     return T5ForConditionalGeneration(config)
 
 
-class Two(nn.Module):
-    def __init__(self):
+class Blocks(nn.Module):
+    def __init__(self, count):
         super().__init__()
         self.embed = nn.Embedding(256, 64)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2)])
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(count)])
         self.head = nn.Linear(64, 256)
+
+    def order(self):
+        return self.blocks
 
     def forward(self, tokens):
         x = self.embed(tokens)
-        for block in self.blocks:
+        for block in self.order():
             x = x + block(x)
         return self.head(x)
 
 
-class Backwards(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(256, 64)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3)])
-        self.head = nn.Linear(64, 256)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        for block in reversed(self.blocks):
-            x = x + block(x)
-        return self.head(x)
+class Backwards(Blocks):
+    def order(self):
+        return reversed(self.blocks)
 
 
 def loss(model, batch):
@@ -75,10 +69,11 @@ encoder_decoder = Job(
     name="t5", build_model=t5, make_batch=make_batch, loss=own_loss, batch_size=8, tokens_per_batch=256
 )
 two_blocks = Job(
-    name="two", build_model=Two, make_batch=make_batch, loss=loss, batch_size=8, tokens_per_batch=256
+    name="two", build_model=lambda: Blocks(2), make_batch=make_batch, loss=loss, batch_size=8,
+    tokens_per_batch=256,
 )
 backwards = Job(
-    name="backwards", build_model=Backwards, make_batch=make_batch, loss=loss, batch_size=8,
+    name="backwards", build_model=lambda: Backwards(3), make_batch=make_batch, loss=loss, batch_size=8,
     tokens_per_batch=256,
 )
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import re
 import shutil
 import sys
@@ -235,7 +236,7 @@ def _without_options(arguments: list[str]) -> list[str]:
 
 
 def _ranks_option(arguments: list[str]) -> int | None:
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
+    for option, value in itertools.pairwise([*arguments, ""]):
         name, equals, inline = option.partition("=")
         text = inline if equals else value
         if name in _RANKS_OPTIONS and _is_count(text):

@@ -53,18 +53,15 @@ def run_ranks(
     ranks, port = config.spec.plan.ranks, free_port()
 
     def one(rank: int) -> Measurement:
-        with team.stopped_by_errors():
-            return run_one(rank)
-
-    def run_one(rank: int) -> Measurement:
         rank_config = config
         if ranks > 1:
             env = {**config.env, **rank_env(rank, ranks, port)}
             files = {**config.files, RENDEZVOUS: str(meeting / "store")}
             rank_config = dataclasses.replace(config, env=env, files=files)
-        measurement = run(
-            rank_config, on_event=lambda event: team.hear(rank, event), child=team.children[rank]
-        )
+        with team.stopped_by_errors():
+            measurement = run(
+                rank_config, on_event=lambda event: team.hear(rank, event), child=team.children[rank]
+            )
         team.ended(rank, measurement)
         return measurement
 

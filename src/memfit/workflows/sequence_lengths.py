@@ -9,9 +9,9 @@ import dataclasses
 import io
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -166,13 +166,20 @@ def _from_npz(path: str, column: str | None) -> list[int]:
     return [int(v) for v in length_arrays[0]]
 
 
-def _from_csv(path: str, column: str | None) -> list[int]:
+def read_csv(path: str) -> tuple[Sequence[str], list[tuple[int, Mapping[str, Any]]]]:
+    """Return (the names in the header line of a CSV file; for each further line that is not empty, its
+    number and its values by name, None where the line is too short). Raises UserError if it cannot be
+    read."""
     reader = csv.DictReader(io.StringIO(read_text(path)))
     try:
-        rows = [(reader.line_num, row) for row in reader]
+        rows: list[tuple[int, Mapping[str, Any]]] = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise UserError(f"cannot read {path} as CSV: {error}") from error
-    column_names = reader.fieldnames or []
+    return reader.fieldnames or [], rows
+
+
+def _from_csv(path: str, column: str | None) -> list[int]:
+    column_names, rows = read_csv(path)
     first = rows[0][1] if rows else {}
     column_name = column or next((n for n in column_names if (first.get(n) or "").strip().isdecimal()), None)
     if column_name is None or column_name not in column_names:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -18,7 +16,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan
-from memfit.workflows.sequence_lengths import QUANTILES, traced_peak
+from memfit.workflows.sequence_lengths import QUANTILES, read_csv, traced_peak
 
 COMBINATIONS = ("sum", "largest")
 _DRAWS = 2000
@@ -77,10 +75,7 @@ def read_pairs(path: str, names: tuple[str, str]) -> Ints:
 
 def _rows(path: str) -> Iterator[Mapping[str, object]]:
     if path.endswith(".csv"):
-        try:
-            yield from csv.DictReader(io.StringIO(read_text(path)))
-        except csv.Error as error:
-            raise UserError(f"cannot read {path} as CSV: {error}") from error
+        yield from (row for _, row in read_csv(path)[1])
         return
     if not path.endswith(".jsonl"):
         raise UserError(f"--columns cannot read {path}", allowed="a file whose name ends in .csv or .jsonl")
