@@ -373,7 +373,9 @@ def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str
     assert peak.value <= measured * 1.001
     at_peak = answer.estimate.at_peak_bytes
     assert at_peak["optimizer_state"] >= 1.9 * at_peak["parameter"]
-    assert technique == "fsdp2" or peak.value >= measured * 0.999
+    # about every tenth run of tensor parallelism holds the output that was reduced last, too
+    held_late = 16 * 256 * 4 + 256 if technique == "parallel" else 0
+    assert technique == "fsdp2" or peak.value + held_late >= measured * 0.999
 
 
 @pytest.mark.parametrize("place", ["next(net.parameters()).device", "net(images.cuda()).device", '"cuda"'])
