@@ -261,6 +261,8 @@ def _measured_section(records: list[dict[str, Any]]) -> list[str]:
         return []
     both = [r for r in records if r["ran"] and r["died"]]
     adjacent = [r for r in both if r["died"] - r["ran"] <= max(r["step"], r["ran"] / 1000)]
+    widest_ratio = max((r["died"] / r["ran"] - 1 for r in both if r not in adjacent), default=0.0)
+    widest = f"the others at most {widest_ratio:.1%}" if widest_ratio else "none is further apart"
     nothing = sum(not r["ran"] for r in records)
     ran = sum(bool(r["again"]["ran"]) and set(r["again"]["ran"]) == {"ok"} for r in records)
     died = sum(bool(r["again"]["died"]) and set(r["again"]["died"]) == {"oom"} for r in records)
@@ -268,11 +270,11 @@ def _measured_section(records: list[dict[str, Any]]) -> list[str]:
         "",
         "## The same questions with --measure",
         "",
-        "memfit runs values under the cap itself, three steps each, at most 12 runs, of which three are of",
-        "the largest that runs. Afterwards, this one and the next, which ran out of memory, were each run",
-        f"{REPEATS} times more.",
+        "memfit runs values under the cap itself, three steps each, at most 14 runs, of which three are of",
+        "the largest that runs and three of the next one, which runs out of memory. Values between the two",
+        f"did either. Afterwards, the two were each run {REPEATS} times more.",
         "",
-        f"- in {len(adjacent)} of {len(both)} the two are one step or at most 0.1 % apart",
+        f"- in {len(adjacent)} of {len(both)} the two are one step or at most 0.1 % apart; {widest}",
         *([f"- no value ran in {nothing}"] if nothing else []),
         f"- the largest that ran did so in all {REPEATS} further runs in {ran} of {len(both)}",
         f"- the next one ran out of memory in all {REPEATS} further runs in {died} of {len(records)}",

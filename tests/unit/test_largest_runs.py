@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import memfit
+from memfit.cli.largest import _measured_remarks
 from memfit.planner.largest import LargestValue, MeasuredSize, TracedSize
 from memfit.planner.largest_runs import MOST_RUNS, find_boundary
 from memfit.planner.request import Request
@@ -71,7 +73,7 @@ class Machine:
     step=st.sampled_from([1, 4, 100]),
     margin=st.floats(min_value=0.8, max_value=1.0),
 )
-def test_the_largest_that_runs_three_times_is_next_to_one_that_does_not(
+def test_the_largest_that_runs_three_times_is_next_to_one_that_dies_three_times(
     each: float, step: int, margin: float
 ) -> None:
     machine = Machine(each)
@@ -84,27 +86,53 @@ def test_the_largest_that_runs_three_times_is_next_to_one_that_does_not(
     assert result.ran.value % step == 0
     assert int(each * result.ran.value) <= CAP < int(each * result.died.value)
     assert len(machine.values) <= MOST_RUNS
-    assert all(machine.values.count(v) == (3 if v == result.ran.value else 1) for v in machine.values)
+    both = (result.ran.value, result.died.value)
+    assert all(machine.values.count(v) == (3 if v in both else 1) for v in machine.values)
+    assert not result.uncertain
 
 
-def test_a_value_that_runs_out_of_memory_once_of_three_times_does_not_count_as_one_that_runs() -> None:
-    lucky = 10_000
+@pytest.mark.parametrize("ran", [(True, False, True), (False, True, True)])
+def test_a_value_that_runs_in_some_runs_only_is_neither_the_largest_nor_the_next(
+    ran: tuple[bool, ...],
+) -> None:
+    near = 10_000
     machine = Machine(100.0)
     seen: list[int] = []
 
     def run(value: int) -> MeasuredSize:
         size = machine.run(value)
         seen.append(value)
-        if value == lucky and seen.count(lucky) == 2:
+        if value == near and not ran[seen.count(near) - 1]:
             return dataclasses.replace(size, outcome=OutcomeKind.OOM)
         return size
 
-    result = find_boundary(run, traced(lucky, lucky + 1))
-    assert result.died is not None
-    assert result.died.value == lucky
+    result = find_boundary(run, traced(near, near + 1))
     assert result.ran is not None
-    assert result.ran.value < lucky
-    assert seen.count(result.ran.value) == 3
+    assert result.died is not None
+    assert result.uncertain == (near,)
+    assert result.ran.value < near < result.died.value
+    assert seen.count(result.ran.value) == seen.count(result.died.value) == 3
+    both = dataclasses.replace(traced(near, near + 1), measured=result)
+    assert f", {near} ran in some runs only, {result.died.value} ran out of memory" in str(both)
+    assert any(f"{near} ran in {seen.count(near) - 1} of " in text for text in _measured_remarks(both))
+
+
+@given(each=st.floats(min_value=90, max_value=110), noise=st.integers(0, 3000), seed=st.integers(0, 2**16))
+def test_with_noise_near_the_cap_both_ends_hold_in_all_runs(each: float, noise: int, seed: int) -> None:
+    draw, machine = random.Random(seed), Machine(each)
+
+    def run(value: int) -> MeasuredSize:
+        size = machine.run(value)
+        over = int(each * value) + draw.randint(-noise, noise) > CAP
+        return dataclasses.replace(size, outcome=OutcomeKind.OOM if over else OutcomeKind.OK)
+
+    result = find_boundary(run, traced(9000, 10_000), most_runs=100)
+    assert result.ran is not None
+    assert result.died is not None
+    for end, outcome in ((result.ran, OutcomeKind.OK), (result.died, OutcomeKind.OOM)):
+        outcomes = [r.outcome for r in result.runs if r.value == end.value]
+        assert outcomes == [outcome] * 3
+    assert all(r.value < result.died.value for r in result.runs if r.outcome is OutcomeKind.OK)
 
 
 def test_if_the_safe_value_dies_a_smaller_one_is_sought() -> None:

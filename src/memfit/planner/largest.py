@@ -75,14 +75,25 @@ class MeasuredSize:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLargest:
-    """What ran under the cap, for ``steps`` steps each. ``ran``: the largest value that did, None if none
-    did; ``died``: the smallest above it that ran out of memory, None if none did. Values between the two were
-    not run. ``runs``: all, in ascending order of values, of which one may occur several times."""
+    """What ran under the cap, for ``steps`` steps each. ``ran``: the largest value that did so in each of its
+    runs, None if none did; ``died``: the smallest that ran out of memory in each of its runs and is larger
+    than all that ran, None if there is none. ``runs``: all, in ascending order of values, of which one may
+    occur several times."""
 
     steps: int
     ran: MeasuredSize | None
     died: MeasuredSize | None
     runs: tuple[MeasuredSize, ...]
+
+    @property
+    def uncertain(self) -> tuple[int, ...]:
+        """The values above ``ran`` that ran in some of their runs and ran out of memory in others."""
+        values = {
+            outcome: {run.value for run in self.runs if run.outcome is outcome}
+            for outcome in (OutcomeKind.OK, OutcomeKind.OOM)
+        }
+        least = self.ran.value if self.ran else 0
+        return tuple(sorted(v for v in values[OutcomeKind.OK] & values[OutcomeKind.OOM] if v > least))
 
     @property
     def failed(self) -> MeasuredSize | None:
@@ -154,6 +165,8 @@ class LargestValue:
             return ""
         ran, died = self.measured.ran, self.measured.died
         text = f"; measured: {ran.value} ran" if ran else "; measured: none ran"
+        if self.measured.uncertain:
+            text += f", {', '.join(map(str, self.measured.uncertain))} ran in some runs only"
         return text + (f", {died.value} ran out of memory" if died else "")
 
 

@@ -1,22 +1,23 @@
 """The largest value of a size that runs under a cap, by short runs: what traces leave open, runs decide.
 
 Traces give a safe value and an expected one; what lies between may run out of memory. `find_boundary` runs
-values until one that runs out of memory is next to one that does not.
+values until one that runs out of memory is next to one that does not, and repeats both.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from memfit.planner.largest import LargestValue, MeasuredLargest, MeasuredSize, TracedSize
 from memfit.types.result import Measurement, OutcomeKind
 
-MOST_RUNS = 12
+MOST_RUNS = 14
 MEASURED_STEPS = 3
 _ALTERNATES = 2  # runs after which every second one is in the middle
 _LOWER = 0.9  # of the smallest value that ran out of memory, if none has run
-_CONFIRMED = 3  # runs of the largest value that runs
+_CONFIRMED = 3  # runs of the largest value that runs, and of the next one
 _RESOLUTION = 0.001  # of a value: what a process holds differs by up to 0.1 % of 100 MiB from run to run
 
 
@@ -36,39 +37,70 @@ def find_boundary(
     run: Callable[[int], MeasuredSize], prediction: LargestValue, *, most_runs: int = MOST_RUNS
 ) -> MeasuredLargest:
     """Return the largest value that runs and the next one that runs out of memory, among the multiples of
-    ``prediction.step``. The next one is at most 0.1 % larger, or one step.
+    ``prediction.step``.
 
     ``run`` trains one value under the cap. The first is the largest safe value of ``prediction``, or the
     smallest that the job takes. If it runs and the values of ``prediction`` end for another reason than
     memory, no other is run, and there is none that runs out of memory. Near the cap it can be chance whether
-    a value runs: the largest is therefore run three times, and counts as one that runs out of memory if it
-    does so once. After ``most_runs``, or after a run that fails for another reason, the answer is as far as
-    it got.
+    a value runs: both are therefore run three times. The largest has run each time, the next one has run out
+    of memory each time, and it is at most 0.1 % larger, or one step, unless values between the two did
+    either. After ``most_runs``, or after a run that fails for another reason, the answer is as far as it got.
     """
     first = prediction.safe or prediction.safe_next
     assert first is not None
     done: list[MeasuredSize] = []
-    runs: dict[
-        int, MeasuredSize
-    ] = {}  # of each value the last one: if it ran out of memory, there is no other
+    runs: dict[int, MeasuredSize] = {}  # of each value one: if it ran out of memory once, that one
     value: int | None = first.value
     while value is not None and len(done) < most_runs:
-        done.append(run(value))
-        runs[value] = done[-1]
-        if runs[value].outcome not in (OutcomeKind.OK, OutcomeKind.OOM):
+        size = run(value)
+        done.append(size)
+        if value not in runs or size.outcome is not OutcomeKind.OK:
+            runs[value] = size
+        if size.outcome not in (OutcomeKind.OK, OutcomeKind.OOM):
             break
-        ends = prediction.limit != "memory" and all(r.outcome is OutcomeKind.OK for r in done)
-        value = None if ends else _next_value(runs, prediction)
-        low = _bounds(runs)[0]
-        if value is None and not ends and 0 < sum(r.value == low for r in done) < _CONFIRMED:
-            value = low
-    low, high = _bounds(runs)
+        if prediction.limit != "memory" and all(r.outcome is OutcomeKind.OK for r in done):
+            break
+        value = _next_value(runs, prediction)
+        if value is None:
+            value = _unconfirmed_value(done, runs, prediction)
     return MeasuredLargest(
         steps=MEASURED_STEPS,
-        ran=runs.get(low),
-        died=None if high is None else runs[high],
+        ran=runs.get(_bounds(runs)[0]),
+        died=_always_died(done, runs),
         runs=tuple(sorted(done, key=lambda size: size.value)),
     )
+
+
+def _unconfirmed_value(
+    done: Sequence[MeasuredSize], runs: Mapping[int, MeasuredSize], prediction: LargestValue
+) -> int | None:
+    """Return a value that must be run once more: the largest that ran, until it has run three times; then the
+    smallest of those above all that ran, until it has run out of memory three times. None if there is
+    none, or if no value ran out of memory."""
+    low, high = _bounds(runs)
+    counts = Counter(size.value for size in done)
+    if high is None:
+        return None
+    if 0 < counts[low] < _CONFIRMED:
+        return low
+    died = _always_died(done, runs)
+    if died is not None:
+        return died.value if counts[died.value] < _CONFIRMED else None
+    value = _above(max(_values_that_ran(done), default=0), prediction.step)
+    refused = min((t.value for t in prediction.traced if t.problem and t.value >= high), default=None)
+    return value if refused is None or value < refused else None
+
+
+def _values_that_ran(done: Sequence[MeasuredSize]) -> set[int]:
+    return {size.value for size in done if size.outcome is OutcomeKind.OK}
+
+
+def _always_died(done: Sequence[MeasuredSize], runs: Mapping[int, MeasuredSize]) -> MeasuredSize | None:
+    """Return a run of the smallest value that ran out of memory each time and is larger than all that ran at
+    least once. None if there is none."""
+    ran = max(_values_that_ran(done), default=0)
+    dead = [v for v, size in runs.items() if size.outcome is OutcomeKind.OOM and v > ran]
+    return runs[min(dead)] if dead else None
 
 
 def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
@@ -78,6 +110,11 @@ def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
     return low, high
 
 
+def _above(value: int, step: int) -> int:
+    """Return the value that counts as the next one to ``value``."""
+    return value + max(step, int(_RESOLUTION * value) // step * step)
+
+
 def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> int | None:
     """Return the next value to run: where memory, as measured at the largest value that ran, is predicted to
     reach the cap; after three runs, every second time the middle between the largest that ran and the next
@@ -85,7 +122,7 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> i
     each other were run, or the job refuses all others."""
     step = prediction.step
     low, high = _bounds(runs)
-    least = max(step, int(_RESOLUTION * low) // step * step)  # by which the next value is larger
+    least = _above(low, step) - low
     if high is not None and high - low <= least:
         return None
     refused = min((t.value for t in prediction.traced if t.problem and t.value > low), default=None)
