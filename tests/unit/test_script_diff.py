@@ -137,6 +137,122 @@ def main(settings):
 if __name__ == "__main__":
     main({"name": "adamw", "norm": 0.5})
 """
+# As in many projects: a class of the user's own that holds model, optimizer and scheduler.
+TRAINER_CLASS = """import torch
+from torch import nn
+
+
+class Trainer:
+    def __init__(self, model, batches, norm=0.5):
+        self.device, self.norm, self.batches = "cpu", norm, batches
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        self.model = model.to(self.device)
+        self.steps, self.losses = 0, []
+
+    def compute_loss(self, x, y):
+        return nn.functional.mse_loss(self.model(x), y)
+
+    def train_epoch(self):
+        self.model.train()
+        for x, y in self.batches:
+            loss = self.compute_loss(x.to(self.device), y)
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.steps += 1
+            self.losses.append(loss.item())
+
+    @torch.no_grad()
+    def evaluate(self):
+        return sum(self.model(x).sum().item() for x, _ in self.batches)
+
+    def fit(self):
+        for epoch in range(2):
+            self.train_epoch()
+        print([*self.losses, self.evaluate()])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+    network = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 2))
+    Trainer(network, [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(3)]).fit()
+"""
+SCALED_CLASS = (
+    TRAINER_CLASS.replace("            loss.back", "            self.scaler.scale(loss).back")
+    .replace("            nn.utils.clip_grad_norm_(self.model.parameters(), self.norm)\n", "")
+    .replace("self.optimizer.step()", "self.scaler.step(self.optimizer)\n            self.scaler.update()")
+    .replace("    def fit(self):", "    def fit(self):\n        self.scaler = torch.amp.GradScaler('cpu')")
+)
+# As in PyTorch's tutorial of DDP: a method makes one step, and the optimizer is made outside the class.
+STEP_METHOD = """import torch
+from torch import nn
+
+
+class Trainer:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: str):
+        self.model = model
+        self.optimizer = optimizer
+        self.losses = []
+
+    def _run_batch(self, source, targets):
+        self.optimizer.zero_grad()
+        loss = nn.functional.mse_loss(self.model(source), targets)
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.item())
+
+    def train(self, batches):
+        for source, targets in batches:
+            self._run_batch(source, targets)
+
+
+def main():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+    network = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    trainer = Trainer(network, optimizer, "cpu")
+    trainer.train([(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(3)])
+    print([*trainer.losses, sum(p.sum().item() for p in network.parameters())])
+
+
+if __name__ == "__main__":
+    main()
+"""
+SCHEDULED = STEP_METHOD.replace(
+    "    trainer =", "    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)\n    trainer ="
+)
+# As in minGPT: a method makes the optimizer and runs the loop, with a local name for the model.
+ONE_METHOD = """import torch
+from torch import nn
+
+
+class Trainer:
+    def __init__(self, model):
+        self.model, self.optimizer = model, None
+
+    def run(self):
+        model = self.model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for step in range(4):
+            x = torch.randn(8, 4)
+            self.loss = model(x).square().mean()
+            model.zero_grad(set_to_none=True)
+            self.loss.backward()
+            self.optimizer.step()
+            losses.append(self.loss.item())
+        print([*losses, sum(p.sum().item() for p in model.parameters())])
+
+
+torch.manual_seed(0)
+layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+Trainer(nn.Sequential(nn.Linear(4, 8), nn.Sequential(*layers), nn.Linear(8, 2))).run()
+"""
 # As in nanoGPT: micro-batches of the loop's own, the next batch loaded before backward, a scaler that is off.
 OWN_STEPS = """import contextlib
 import torch
@@ -320,6 +436,45 @@ def test_a_loop_with_a_scaler_in_one_branch_trains_the_same(tmp_path: Path) -> N
     assert 'with torch.autocast("cpu", enabled=scaler is not None):' in edited
     assert "scaler=" not in edited.split("memfit.apply")[1].split("\n")[0]  # main passes none
     assert output(edited, tmp_path) == output(text, tmp_path)
+
+
+CLASSES = {
+    "a class with its optimizer": (TRAINER_CLASS, "self.plan_fit = memfit.apply("),
+    "an optimizer that the class gets": (STEP_METHOD, "        self.fit = memfit.apply("),
+    "an optimizer that a scheduler outside uses": (SCHEDULED, "    global fit\n"),
+    "all in one method": (ONE_METHOD, "self.fit.backward(self.loss)"),
+    "a loop with other names": (
+        TRAINER_CLASS.replace(
+            "        for x, y", "        opt = self.optimizer\n        for x, y", 1
+        ).replace("self.optimizer.step()", "opt.step()"),
+        "self.plan_fit.step()",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_loop_in_a_class_of_the_users_own_trains_the_same(name: str, tmp_path: Path) -> None:
+    text, line = CLASSES[name]
+    edited = patched(text, diff(text, {"activation-checkpointing": {}}), tmp_path)
+    assert line in edited
+    assert output(edited, tmp_path) == output(text, tmp_path)
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 2}})
+    last = output(patched(text, edit, tmp_path), tmp_path)[-1]
+    assert last == pytest.approx(output(text, tmp_path)[-1], rel=1e-4)
+
+
+def test_a_scaler_that_is_made_after_a_scheduler_moves_before_it(tmp_path: Path) -> None:
+    text = SCALED.replace(
+        "scaler = torch", "schedule = torch.optim.lr_scheduler.StepLR(opt, 2)\nscaler = torch"
+    ).replace("    scales.append", "    schedule.step()\n    scales.append")
+    edited = patched(text, diff(text, {"activation-checkpointing": {}}), tmp_path)
+    assert edited.index("scaler = torch") < edited.index("memfit.apply") < edited.index("schedule = torch")
+    assert output(edited, tmp_path) == output(text, tmp_path)
+
+
+def test_a_plan_is_not_called_as_a_function_of_the_script() -> None:
+    text = FUNCTIONS.replace("def main", "def fit").replace("    main()", "    fit()")
+    assert "plan_fit = memfit.apply(" in diff(text, {"activation-checkpointing": {}}).diff
 
 
 def test_float16_and_the_grad_scaler_of_the_script_stay_under_a_plan_that_says_nothing_of_precision(
@@ -559,6 +714,31 @@ REFUSED = {
             "            opt.step()\n        except RuntimeError:\n            print('skipped')\n",
         ),
         "line 10 catches errors of a step",
+    ),
+    "a scaler that another method makes": (
+        SCALED_CLASS,
+        "the script does not show the GradScaler self.scaler where it makes the optimizer",
+    ),
+    "an optimizer of a class that is made in branches": (
+        TRAINER_CLASS.replace(
+            "        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)\n",
+            "        if norm:\n            self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)\n",
+        ),
+        "does not show where self.optimizer is made",
+    ),
+    "an optimizer of a scheduler for a class that moves the model": (
+        SCHEDULED.replace("= model\n", "= model.to(device)\n"),
+        "Trainer must get the model as it is",
+    ),
+    "a loss that is a sum, made elsewhere": (
+        PLAIN.replace("F.cross_entropy(out, y)", "criterion(out, y)").replace(
+            "optimizer =", "criterion = nn.CrossEntropyLoss(reduction='sum')\noptimizer ="
+        ),
+        'loss with reduction="sum"',
+    ),
+    "a schedule between an optimizer and what its model needs": (
+        TRAINER_CLASS.replace("        self.model =", "        self.device = 'cpu'\n        self.model ="),
+        "line 9 uses self.optimizer before line 11",
     ),
     "no loop": ("import torch\n", "backward 0 times"),
     "text of several lines": (

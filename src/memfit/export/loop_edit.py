@@ -10,7 +10,15 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memfit.export.loop_update import Statements, end, lists_of, loaded_names, stored_names
+from memfit.export.loop_update import (
+    Statements,
+    end,
+    lists_of,
+    loaded_names,
+    stored_names,
+    targets_of,
+)
+from memfit.export.self_variables import with_self_variables
 from memfit.export.source_edits import Source, literal, name_of, number_lines, source_of
 from memfit.export.step_counters import repeated_lines
 from memfit.export.training_loop import Loop, LoopSetup, find_loop, wrappers
@@ -31,24 +39,21 @@ def apply_lines(
     optimizer: str,
     structure: Mapping[str, Any],
     *,
-    clip: str = "",
-    scaler: str = "",
-    batch: str = "",
-    loss_terms: str = "",
+    further: Mapping[str, str] = {},
+    fit: str = "fit",
 ) -> list[str]:
     """Return the lines of Python that apply ``plan``, with ``memfit.apply``, to the variables ``model`` and
     ``optimizer``. ``structure``: further arguments of it, name -> value, which say where things are in the
-    model, such as its blocks. ``clip``, ``scaler``, ``batch``, ``loss_terms``: the source of these arguments;
-    "": not passed."""
+    model, such as its blocks. ``further``: the source of its arguments clip, scaler, batch and loss_terms,
+    by name; "": not passed. ``fit``: the variable of the `Fit`."""
     arguments = [_plan_source(plan), model, optimizer]
     arguments += [f"{name}={source_of(value)}" for name, value in structure.items()]
-    sources = {"clip": clip, "scaler": scaler, "batch": batch, "loss_terms": loss_terms}
-    arguments += [f"{name}={value}" for name, value in sources.items() if value]
-    one_line = f"fit = memfit.apply({', '.join(arguments)})"
+    arguments += [f"{name}={value}" for name, value in further.items() if value]
+    one_line = f"{fit} = memfit.apply({', '.join(arguments)})"
     lines = [one_line]
     if len(one_line) > 96:
-        lines = ["fit = memfit.apply(", *(f"    {argument}," for argument in arguments), ")"]
-    return [*lines, f"{model}, {optimizer} = fit.model, fit.optimizer"]
+        lines = [f"{fit} = memfit.apply(", *(f"    {argument}," for argument in arguments), ")"]
+    return [*lines, f"{model}, {optimizer} = {fit}.model, {fit}.optimizer"]
 
 
 def loop_lines(batch: str, samples: int) -> list[str]:
@@ -67,10 +72,12 @@ def edit_loop(
     source: Source, plan: Plan, structure: Mapping[str, Any], samples: int, *, loss_terms: str = ""
 ) -> tuple[str, tuple[str, ...]]:
     """Return (the text of the script with its loop edited to train with ``plan``; remarks for the user).
-    ``structure`` and ``loss_terms`` are as in `apply_lines`, ``samples`` as in `loop_lines`. Raises
+    ``structure`` is as in `apply_lines`, and ``loss_terms`` the source of that argument; ``samples`` is as in
+    `loop_lines`. Raises
     UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely, if its
     batch cannot be split into micro-batches (`_must_split_alike`), or if the plan needs an example batch and
     the loop shows none."""
+    source = with_self_variables(source)
     loop = find_loop(source, plan)
     if "gradient-accumulation" in plan:
         _must_split_alike(source, loop)
@@ -85,19 +92,25 @@ def edit_loop(
         loop.setup.model,
         loop.setup.optimizer,
         structure,
-        clip=loop.setup.clip,
-        scaler=loop.setup.scaler,
-        batch=example,
-        loss_terms=loss_terms,
+        further={
+            "clip": loop.setup.clip,
+            "scaler": loop.setup.scaler,
+            "batch": example,
+            "loss_terms": loss_terms,
+        },
+        fit=loop.setup.fit,
     )
     if loop.setup.is_global:
-        setup.insert(0, "global fit")
+        setup.insert(0, f"global {loop.setup.fit}")
     if loop.setup.after is not None:
         place, indent = end(loop.setup.after) + 1, source.indent(loop.setup.after.lineno)
     else:
         assert loop.setup.before is not None
         place, indent = loop.setup.before.lineno, source.indent(loop.setup.before.lineno)
     edits[place, place - 1] = [f"{indent}{line}\n" for line in setup]
+    for statement in reversed(loop.setup.moved):
+        edits[place, place - 1][:0] = lines[statement.lineno - 1 : end(statement)]
+        edits[statement.lineno, end(statement)] = []
     if (import_line := _import_line(source, loop.setup)) is not None:
         edits.setdefault((import_line, import_line - 1), []).insert(0, "import memfit\n")
     for (start, last), new_lines in sorted(edits.items(), reverse=True):
@@ -124,13 +137,13 @@ def _import_line(source: Source, setup: LoopSetup) -> int | None:
 def _loop_edits(source: Source, loop: Loop) -> Edits:
     """Return the edits of the loop from its forward pass to the optimizer's step: (first line, last line) ->
     the lines that replace these."""
-    update, body = loop.update, loop.body
+    update, body, fit = loop.update, loop.body, loop.setup.fit
     first, last = body[loop.forward].lineno, update.backward.lineno
     indent = source.indent(last)
     unit = indent[len(source.indent(loop.loop.lineno)) :] or "    "
     targets = ", ".join(loop.batch)
     argument = targets if len(loop.batch) == 1 else f"({targets})"
-    block = [f"{indent}for {targets} in fit.split({argument}):\n", f"{indent}{unit}with fit.forward():\n"]
+    block = [f"{indent}for {targets} in {fit}.split({argument}):\n", f"{indent}{unit}with {fit}.forward():\n"]
     after = sorted((*loop.prefetch, *loop.counters), key=lambda s: s.lineno)
     omitted = {i for s in (*update.removed, *after) for i in range(s.lineno, end(s) + 1)}
     dedent, inside = 0, range(0)
@@ -148,11 +161,11 @@ def _loop_edits(source: Source, loop: Loop) -> Edits:
     while not (text := block[-1].strip()) or text.startswith("#"):
         comments[:0] = [f"{indent}{unit}{text}\n"] if text else []
         block.pop()
-    block += [*comments, f"{indent}{unit}fit.backward({update.loss})\n"]
+    block += [*comments, f"{indent}{unit}{fit}.backward({update.loss})\n"]
     for statement in after:
         block += source.lines[statement.lineno - 1 : end(statement)]
     edits: Edits = {}
-    step = [f"{source.indent(update.step.lineno)}fit.step()\n"]
+    step = [f"{source.indent(update.step.lineno)}{fit}.step()\n"]
     if update.step is update.backward:
         block += step
     else:
@@ -221,7 +234,8 @@ def _accumulation_remarks(loop: Loop) -> Iterator[str]:
     used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
     if shown := sorted(used & {loop.update.loss, *loop.batch, *computed}):
         verb = "is that" if len(shown) == 1 else "are those"
-        yield f"after fit.split, {', '.join(shown)} {verb} of the last micro-batch: check what you log"
+        after = f"after {loop.setup.fit}.split"
+        yield f"{after}, {', '.join(shown)} {verb} of the last micro-batch: check what you log"
 
 
 def _set_anew(statement: ast.stmt) -> set[str]:
@@ -232,10 +246,10 @@ def _set_anew(statement: ast.stmt) -> set[str]:
 
 def _must_split_alike(source: Source, loop: Loop) -> None:
     """Raise UserError if the step's loss would not be the mean of those of its micro-batches: if the loop, or
-    a function that it calls, has a loss with reduction="sum"; if the loss variable has a value before the
-    model is called, to which each micro-batch would add; if gradients change between that call and backward,
-    other than by zero_grad; or if the loop computes one variable of the batch from another before forward,
-    such as the number of samples."""
+    a function or object that it calls, has a loss with reduction="sum"; if the loss variable has a value
+    before the model is called, to which each micro-batch would add; if gradients change between that call and
+    backward, other than by zero_grad; or if the loop computes one variable of the batch from another before
+    forward, such as the number of samples."""
     names, loss = list(loop.batch), loop.update.loss
     for statement in loop.body[loop.forward : loop.backward]:
         gradients = (n for n in ast.walk(statement) if isinstance(n, ast.Attribute) and n.attr == "grad")
@@ -246,7 +260,10 @@ def _must_split_alike(source: Source, loop: Loop) -> None:
             )
     statements: list[ast.AST] = [*loop.body[: loop.backward]]
     calls = {name_of(n.func) for s in statements for n in ast.walk(s) if isinstance(n, ast.Call)}
-    statements += [n for n in ast.walk(source.tree) if isinstance(n, ast.FunctionDef) and n.name in calls]
+    for node in ast.walk(source.tree):
+        is_called = isinstance(node, ast.FunctionDef) and node.name in calls
+        is_made = isinstance(node, ast.Assign | ast.AnnAssign) and calls & {*map(name_of, targets_of(node))}
+        statements += [node] if is_called or is_made else []
     keywords = [n for s in statements for n in ast.walk(s) if isinstance(n, ast.keyword)]
     if any(k.arg == "reduction" and literal(k.value) == "sum" for k in keywords):
         raise UserError(

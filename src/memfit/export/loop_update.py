@@ -39,9 +39,10 @@ class Update:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoopPlace:
     """The place of a statement in a loop of a script: ``body[index]``. `find_place` returns that of the
-    statement which runs backward. ``body``: a statement list inside ``loop``, the innermost loop around it.
-    ``function``: the innermost function around the loop, None at the top of the module. ``scope``: the
-    statements of that function or of the module."""
+    statement which runs backward. ``body``: a statement list inside ``loop``, the innermost loop around it,
+    or the function if that makes one step and has no loop around it. ``function``: the innermost function
+    around the loop, None at the top of the module. ``scope``: the statements of that function or of the
+    module."""
 
     function: ast.FunctionDef | ast.AsyncFunctionDef | None
     scope: Statements
@@ -51,10 +52,12 @@ class LoopPlace:
 
 
 def find_place(source: Source) -> LoopPlace:
-    """Return where the script runs backward: its only call, as a statement in a loop, or its only two, in the
-    two branches of one ``if`` in a loop. Raises UserError if there is no such place."""
+    """Return where the script runs backward: its only call, as a statement in a loop or in a function, or its
+    only two, in the two branches of one ``if`` there. Raises UserError if there is no such place."""
     count = sum(isinstance(n, ast.Call) and name_of(n.func) == "backward" for n in ast.walk(source.tree))
-    for place in places(source.tree.body, None, source.tree.body, None):
+    functions = [n for n in ast.walk(source.tree) if isinstance(n, FUNCTIONS)]
+    in_functions = (p for f in functions for p in places(f.body, f, f.body, f))
+    for place in itertools.chain(places(source.tree.body, None, source.tree.body, None), in_functions):
         if count == 1 and _is_backward(place.body[place.index]):
             return place
         if count == 2 and _branches(place.body[place.index]) is not None:
@@ -63,7 +66,7 @@ def find_place(source: Source) -> LoopPlace:
         raise UserError(
             f"the script calls backward {count} times, not once (or once in each branch of one if)"
         )
-    raise UserError("backward is not called in a statement of its own inside a loop")
+    raise UserError("backward is not called in a statement of its own inside a loop or a function")
 
 
 def places(statements: Statements, function: Any, scope: Statements, loop: Any) -> Iterator[LoopPlace]:
@@ -253,7 +256,7 @@ def _is_optimizer(place: LoopPlace, name: str) -> bool:
     assigned = assignment(place.scope, name)
     has_parameters = assigned is not None and "parameters()" in ast.unparse(assigned)
     zeroes = any(_method(s, "zero_grad") == name for s in place.body)
-    return has_parameters or zeroes or name in {"opt", "optim"} or "optimizer" in name
+    return has_parameters or zeroes or name.rpartition(".")[2] in {"opt", "optim"} or "optimizer" in name
 
 
 def _gradient_changes(
@@ -318,15 +321,13 @@ def _norm(statement: ast.stmt) -> ast.expr | None:
 
 
 def _is_whole_model(node: ast.expr) -> bool:
-    """Return whether ``node`` is ``X.parameters()`` of a variable, ``self.X.parameters()`` or
-    ``X.module.parameters()``. Other attributes are taken for parts of a model."""
+    """Return whether ``node`` is ``X.parameters()`` of a variable or ``X.module.parameters()``. Other
+    attributes are taken for parts of a model."""
     if not (isinstance(node, ast.Call) and not node.args and isinstance(node.func, ast.Attribute)):
         return False
     model = node.func.value
-    if isinstance(model, ast.Attribute):
-        is_named = model.attr == "module" or (isinstance(model.value, ast.Name) and model.value.id == "self")
-        return node.func.attr == "parameters" and is_named
-    return node.func.attr == "parameters" and isinstance(model, ast.Name)
+    is_wrapped = isinstance(model, ast.Attribute) and model.attr == "module"
+    return node.func.attr == "parameters" and (is_wrapped or isinstance(model, ast.Name))
 
 
 def must_be_on_lines(body: Statements) -> None:
@@ -342,14 +343,21 @@ def must_be_on_lines(body: Statements) -> None:
 
 
 def assignment(scope: Statements, name: str) -> Any:
-    """Return the assignment ``NAME = ...`` among the statements ``scope``, not inside compound ones. Return
-    None if there is none or more than one."""
+    """Return the assignment ``NAME = ...`` among the statements ``scope``, not inside compound ones, of a
+    value other than None. Return None if there is none or more than one."""
     assignments = [
         s
         for s in scope
-        if isinstance(s, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in s.targets)
+        if isinstance(s, ast.Assign | ast.AnnAssign)
+        and any(isinstance(t, ast.Name) and t.id == name for t in targets_of(s))
+        and s.value is not None
+        and not (isinstance(s.value, ast.Constant) and s.value.value is None)
     ]
     return assignments[0] if len(assignments) == 1 else None
+
+
+def targets_of(statement: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
+    return statement.targets if isinstance(statement, ast.Assign) else [statement.target]
 
 
 def stored_names(node: ast.AST) -> list[str]:

@@ -136,7 +136,7 @@ def script_diff(
     except UserError as error:
         lines = (
             "import memfit",
-            *apply_lines(plan, "model", "optimizer", structure, loss_terms=terms),
+            *apply_lines(plan, "model", "optimizer", structure, further={"loss_terms": terms}),
             *loop_lines("batch", samples),
         )
         return ScriptDiff(diff="", reason=error.given, lines=lines, remarks=define if terms else ())

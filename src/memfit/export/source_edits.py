@@ -144,7 +144,9 @@ def number_lines(lines: Iterable[int]) -> str:
 def name_of(node: ast.expr) -> str:
     """Return the last part of a dotted name, such as "AdamW" for ``torch.optim.AdamW``; "" for any other
     expression."""
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    if isinstance(node, ast.Name):  # "self.NAME" in `with_self_variables`
+        return node.id.rpartition(".")[2]
+    return node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def literal(node: ast.expr | None) -> Any:

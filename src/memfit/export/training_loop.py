@@ -1,8 +1,10 @@
 """Find the training loop of plain PyTorch in a script, for `export.loop_edit`.
 
 These forms are recognized: a statement list in a loop with ``LOSS.backward()`` and, after it,
-``OPTIMIZER.step()``, before which the model is called; the same with a GradScaler; an ``if`` with both; and a
-loop of micro-batches with backward, after which the step follows. All else is refused with the reason.
+``OPTIMIZER.step()``, before which the model is called; the same with a GradScaler; an ``if`` with both; a
+loop of micro-batches with backward, after which the step follows; and a function that makes one step. In
+methods, model, optimizer and the like may be attributes of ``self`` (`export.self_variables`). All else is
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from memfit.export.loop_update import (
     loaded_names,
     must_be_on_lines,
     stored_names,
+    targets_of,
 )
+from memfit.export.self_variables import class_of, is_of_self
 from memfit.export.source_edits import Source, name_of
 from memfit.export.step_counters import step_counters
 from memfit.export.step_exits import must_end_each_step
@@ -36,6 +40,8 @@ from memfit.types.plan import Plan
 _IN_THE_WAY = frozenset({"no_sync", "FullyShardedDataParallel", "fully_shard", "get_peft_model"})
 _WRAPPERS = frozenset({"DataParallel", "DistributedDataParallel", "torch.compile"})
 _NO_FORWARD = frozenset({"train", "eval", "to", "zero_grad", "parameters", "named_parameters"})
+_USUAL = frozenset({"model", "net", "network"})  # names of models
+_NO_GRADIENTS = frozenset({"no_grad", "inference_mode"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +49,18 @@ class LoopSetup:
     """Where the plan is applied: after the statement ``after`` or, if that is None, before ``before``.
     ``model``, ``optimizer``, ``scaler``: the names of these variables there; ``scaler``, the GradScaler of
     the loop, is "" without one and if the plan's autocast replaces it. ``clip``: source of the norm to which
-    gradients are clipped, in the variables there; "" if they are not clipped. ``is_global``: the place is in
-    a function and the loop in another one, so that ``fit`` must be a global variable. ``remarks``: what the
-    user should know, one text each."""
+    gradients are clipped, in the variables there; "" if they are not clipped. ``moved``: statements to move
+    to before that place, such as the one that makes the GradScaler. ``fit``: the variable of the
+    `Fit`, which the script does not use otherwise. ``is_global``: the place is in a function and the loop in
+    another one, so that ``fit`` must be a global variable. ``remarks``: what the user should know, one text
+    each."""
 
     model: str
     optimizer: str
     scaler: str
     clip: str
+    moved: tuple[ast.stmt, ...]
+    fit: str
     after: ast.stmt | None
     before: ast.stmt | None
     is_global: bool
@@ -88,8 +98,9 @@ def find_loop(source: Source, plan: Plan) -> Loop:
     update = find_update(source, place)
     for body in (place.body, update.step_body):
         must_be_on_lines(body)
-    model = _model(place.scope, place.body[: place.index], update.optimizer)
-    forward = next((i for i, s in enumerate(place.body[: place.index]) if calls(s, model)), None)
+    model = _model(source, _scope(source, place), place.body[: place.index], update.optimizer)
+    callers = {model, *_callers(source, model)}
+    forward = next((i for i, s in enumerate(place.body[: place.index]) if calls(s, callers)), None)
     if forward is None:
         raise UserError(f"in the loop, no statement before backward calls the model {model}")
     if any(_spans_text(s) for s in place.body[forward : place.index]):
@@ -99,7 +110,7 @@ def find_loop(source: Source, plan: Plan) -> Loop:
         )
     must_end_each_step(source, place, update, forward)
     autocast = _autocast(source, place, forward) if sets_precision(plan) else None
-    batch, prefetch = _batch(place, forward, model)
+    batch, prefetch = _batch(place, forward, callers)
     own_accumulation = update.step_body is not place.body
     counts = plan.micro_batches > 1 and not own_accumulation
     return Loop(
@@ -173,10 +184,20 @@ def with_conditions(node: ast.AST, *, is_conditional: bool) -> Iterator[tuple[as
 # -- model and batch ------------------------------------------------------------------------------
 
 
-def _model(scope: Statements, before: Statements, optimizer: str) -> str:
+def _scope(source: Source, place: LoopPlace) -> Statements:
+    """Return the statements in which the loop's variables are set and used: those of its function or, in a
+    method, of all methods of its class."""
+    owner = class_of(source, place.function)
+    if owner is None:
+        return place.scope
+    return [s for method in owner.body if isinstance(method, FUNCTIONS) for s in method.body]
+
+
+def _model(source: Source, scope: Statements, before: Statements, optimizer: str) -> str:
     """Return the variable of the model: X of ``X.parameters()`` in the assignment to the optimizer, or else
     the only variable that ``before``, the loop's statements before backward, call and whose train, eval,
-    parameters or state_dict ``scope`` uses. Raises UserError if there is not exactly one."""
+    parameters or state_dict ``scope`` uses, or that has a usual name of models. Raises UserError if there is
+    not exactly one."""
     assigned = assignment(scope, optimizer)
     owners = {
         n.func.value.id
@@ -186,7 +207,12 @@ def _model(scope: Statements, before: Statements, optimizer: str) -> str:
         and n.func.attr in {"parameters", "named_parameters"}
         and isinstance(n.func.value, ast.Name)
     }
-    if not owners:
+
+    def is_called(name: str) -> bool:
+        return any(calls(s, {name, *_callers(source, name)}) for s in before)
+
+    is_argument = is_of_self(optimizer) and before and not any(map(is_called, owners))
+    if not owners or is_argument:
         uses = {
             n.value.id
             for s in scope
@@ -195,7 +221,9 @@ def _model(scope: Statements, before: Statements, optimizer: str) -> str:
             and n.attr in {"train", "eval", "parameters", "state_dict"}
             and isinstance(n.value, ast.Name)
         }
-        owners = {name for name in uses if any(calls(s, name) for s in before)}
+        owners = set(filter(is_called, uses))
+    if not owners:
+        owners = {name for name in _called(before) if name.rpartition(".")[2] in _USUAL}
     if len(owners) != 1:
         raise UserError(
             "the script does not show which variable is the model: the optimizer must be assigned with the "
@@ -204,19 +232,45 @@ def _model(scope: Statements, before: Statements, optimizer: str) -> str:
     return owners.pop()
 
 
-def calls(statement: ast.stmt, model: str) -> bool:
-    """Return whether the statement calls the variable ``model`` or a method of it, or passes it to a call as
-    a positional argument. The methods train, eval, to, zero_grad, parameters and named_parameters do not
-    count."""
+def _called(statements: Statements) -> set[str]:
+    """Return the variables that the statements call."""
+    calls_of = (n for n in _nodes(statements) if isinstance(n, ast.Call))
+    return {n.func.id for n in calls_of if isinstance(n.func, ast.Name)}
+
+
+def _callers(source: Source, model: str) -> set[str]:
+    """Return the functions and methods that call the variable ``model``, themselves or through others, as the
+    script names them. Those that run without gradients, such as an evaluation, do not count."""
+    functions = [n for n in ast.walk(source.tree) if isinstance(n, FUNCTIONS)]
+    bodies = {f"self.{f.name}" if class_of(source, f) is not None else f.name: f for f in functions}
+    names = {model}
+    while True:
+        more = {
+            name
+            for name, function in bodies.items()
+            if name not in names
+            and not names & {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
+            and not any(name_of(n) in _NO_GRADIENTS for n in ast.walk(function) if isinstance(n, ast.expr))
+            and any(calls(s, names) for s in function.body)
+        }
+        if not more:
+            return names - {model}
+        names |= more
+
+
+def calls(statement: ast.stmt, names: set[str]) -> bool:
+    """Return whether the statement calls one of the variables ``names`` or a method of it, or passes it to a
+    call as a positional argument. The methods train, eval, to, zero_grad, parameters and named_parameters do
+    not count."""
     for node in ast.walk(statement):
         if isinstance(node, ast.Call):
             target = node.func
-            if isinstance(target, ast.Name) and target.id == model:
+            if isinstance(target, ast.Name) and target.id in names:
                 return True
             is_method = isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name)
-            if is_method and target.value.id == model and target.attr not in _NO_FORWARD:  # type: ignore[attr-defined]
+            if is_method and target.value.id in names and target.attr not in _NO_FORWARD:  # type: ignore[attr-defined]
                 return True
-            if any(isinstance(a, ast.Name) and a.id == model for a in node.args):
+            if any(isinstance(a, ast.Name) and a.id in names for a in node.args):
                 return True  # such as compute_loss(model, batch)
     return False
 
@@ -248,7 +302,7 @@ def _autocast(source: Source, place: LoopPlace, forward: int) -> ast.With | None
     called = {name_of(n.func) for n in _nodes(place.body) if isinstance(n, ast.Call)}
     for function in ast.walk(source.tree):
         if isinstance(function, FUNCTIONS) and function is not place.function:
-            is_method = any(isinstance(c, ast.ClassDef) and function in c.body for c in ast.walk(source.tree))
+            is_method = class_of(source, function) not in (None, class_of(source, place.function))
             holds_loop = any(n is place.loop for n in ast.walk(function))
             if function.name not in called and not is_method and not holds_loop:  # such as an evaluation
                 known |= {id(n) for n in ast.walk(function)}
@@ -281,15 +335,20 @@ def _assignments(source: Source, name: str) -> list[ast.Assign]:
     ]
 
 
-def _batch(place: LoopPlace, forward: int, model: str) -> tuple[tuple[str, ...], tuple[ast.stmt, ...]]:
+def _batch(place: LoopPlace, forward: int, callers: set[str]) -> tuple[tuple[str, ...], tuple[ast.stmt, ...]]:
     """Return (the variables that each step of the loop sets and forward reads; the statements between forward
-    and backward that only load the next batch into them). Raises UserError if there is no such variable."""
+    and backward that only load the next batch into them). ``callers``: the model and what calls it. Of a
+    function that makes one step, its parameters are set, too, unless forward calls them. Raises UserError if
+    there is no such variable."""
     bound: list[str] = stored_names(place.loop.target) if isinstance(place.loop, ast.For) else []
+    if place.loop is place.function and place.function is not None:
+        parameters = [a.arg for a in (*place.function.args.posonlyargs, *place.function.args.args)]
+        bound += [n for n in parameters if n not in {"self", *callers, *_called(place.body)}]
     for statement in place.body[:forward]:
         bound += [n for n in stored_names(statement) if n not in bound]
     between = place.body[forward : place.index]
-    computed = {n for s in between if calls(s, model) for n in stored_names(s)}
-    prefetch = [s for s in between if _loads_next(s, between, computed, model)]
+    computed = {n for s in between if calls(s, callers) for n in stored_names(s)}
+    prefetch = [s for s in between if _loads_next(s, between, computed, callers)]
     bound += [n for s in prefetch for n in stored_names(s) if n not in bound]
     read = {n for s in between if s not in prefetch for n in loaded_names(s)}
     names = tuple(n for n in dict.fromkeys(bound) if n in read)
@@ -301,11 +360,11 @@ def _batch(place: LoopPlace, forward: int, model: str) -> tuple[tuple[str, ...],
     return names, tuple(prefetch)
 
 
-def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], model: str) -> bool:
+def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], callers: set[str]) -> bool:
     """Return whether ``statement``, one of ``between``, only loads the next batch: an assignment to variables
     that earlier statements of ``between`` read and do not set, and that later ones do not read, from
     variables that are not in ``computed``, which calls of the model set."""
-    if not isinstance(statement, ast.Assign) or calls(statement, model):
+    if not isinstance(statement, ast.Assign) or calls(statement, callers):
         return False
     index, names = between.index(statement), set(stored_names(statement))
     earlier = {n for s in between[:index] for n in loaded_names(s)} - {
@@ -325,25 +384,33 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
     show where the optimizer is made, if it makes it in another loop than the model, or again in the training
     loop, if it changes the model between that and the loop, if it uses the model or the optimizer before it
     sets the norm, and as `_clip` does."""
-    names = {update.optimizer: update.optimizer, model: model}
+    loop_optimizer, model = (_attribute_of(place, name) for name in (update.optimizer, model))
+    names = {loop_optimizer: loop_optimizer, model: model}
     user: ast.AST = place.loop
     statements, arguments = place.scope, dict[str, ast.expr]()
-    if not any(update.optimizer in stored_names(s) for s in place.scope):
-        statements, user, arguments = _caller(source, place, update.optimizer)
+    if not any(loop_optimizer in stored_names(s) for s in place.scope):
+        statements, user, arguments = _caller(source, place, loop_optimizer, model)
         for name in list(names):
             argument = arguments.get(name)
             names[name] = argument.id if isinstance(argument, ast.Name) else name
-    optimizer = names[update.optimizer]
-    if model not in arguments and statements is not place.scope:
-        names[model] = _model(statements, [], optimizer)
+    elif place.loop is place.function:
+        raise UserError("backward is called outside a loop, in the function that makes the optimizer")
+    optimizer = names[loop_optimizer]
+    if not (model in arguments or statements is place.scope or is_of_self(model)):
+        names[model] = _model(source, statements, [], optimizer)
     statements, at = _innermost(statements, user, optimizer)
     _must_be_made_once(source, statements, at, optimizer, names[model])
     scaler = _scaler(source, place, scaler, None if user is place.loop else arguments, statements[:at])
     made = {optimizer, scaler} if any(optimizer in stored_names(s) for s in statements[:at]) else set()
+    if is_of_self(names[model]) and made:
+        made.add(names[model])
     after = next((s for s in reversed(statements[:at]) if made & {*stored_names(s)}), None)
+    moved = _moved(statements[:at], after, optimizer, made)
+    if moved:
+        after = next(s for s in reversed(statements[:at]) if optimizer in stored_names(s))
     remarks = []
     between = statements[statements.index(after) + 1 : at] if after is not None else []
-    for statement in between:
+    for statement in (s for s in between if s not in moved):
         changes = names[model] in stored_names(statement) or f"{names[model]}.to(" in ast.unparse(statement)
         if changes and not isinstance(statement, (ast.If, *FUNCTIONS)):
             raise UserError(
@@ -362,11 +429,75 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
         optimizer=optimizer,
         scaler=scaler,
         clip=clip,
+        moved=moved,
+        fit=_free_variable(source, optimizer),
         after=after,
         before=None if after is not None else statements[at],
-        is_global=user is not place.loop and statements is not source.tree.body,
+        is_global=user is not place.loop and statements is not source.tree.body and not is_of_self(optimizer),
         remarks=tuple(remarks),
     )
+
+
+def _attribute_of(place: LoopPlace, name: str) -> str:
+    """Return the attribute "self.X" of which the variable ``name`` is another name in the loop's function,
+    set before the loop and nowhere else; ``name`` if there is none."""
+    values = []
+    for statement in place.scope:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and name in stored_names(node):
+                values += [dict(_pairs(node)).get(name)]
+    (value,) = values if len(values) == 1 else (None,)
+    if not (isinstance(value, ast.Name) and is_of_self(value.id)):
+        return name
+    is_set_here = any(value.id in stored_names(s) for s in place.scope)
+    return name if is_set_here else value.id
+
+
+def _pairs(assigned: ast.Assign | ast.AnnAssign) -> Iterator[tuple[str, ast.expr]]:
+    """Yield (variable, value) for the variables that the assignment sets, also for those of a tuple."""
+    for target in targets_of(assigned):
+        if isinstance(target, ast.Tuple) and isinstance(assigned.value, ast.Tuple):
+            yield from (
+                (t.id, v)
+                for t, v in zip(target.elts, assigned.value.elts, strict=False)
+                if isinstance(t, ast.Name)
+            )
+        elif isinstance(target, ast.Name) and assigned.value is not None:
+            yield target.id, assigned.value
+
+
+def _moved(
+    statements: Statements, after: ast.stmt | None, optimizer: str, made: set[str]
+) -> tuple[ast.stmt, ...]:
+    """Return those of ``statements`` that must move to behind the one that makes the optimizer: those up to
+    ``after`` that set the other variables ``made`` (GradScaler, model), if one before uses the optimizer, as
+    a learning-rate scheduler does, of which a plan may need another one. Raises UserError if they cannot be
+    moved, since they need what is set between."""
+    if after is None:
+        return ()
+    last = statements.index(after)
+    first = max((i for i, s in enumerate(statements) if optimizer in stored_names(s)), default=last)
+    between = [s for s in statements[first + 1 : last] if not isinstance(s, (*FUNCTIONS, ast.ClassDef))]
+    user = next((s for s in between if optimizer in loaded_names(s)), None)
+    if user is None:
+        return ()
+    moved = tuple(s for s in statements[first + 1 : last + 1] if made & {*stored_names(s)})
+    defined = {n for s in statements[first + 1 : last] for n in _defined_names(s)}
+    if all(made >= {*stored_names(s)} and not defined & loaded_names(s) for s in moved):
+        return moved
+    raise UserError(
+        f"line {user.lineno} uses {optimizer} before line {after.lineno}, after which the plan is applied, "
+        "which may replace the optimizer: put that line first"
+    )
+
+
+def _free_variable(source: Source, optimizer: str) -> str:
+    """Return the variable of the `Fit`, an attribute of ``self`` if the optimizer is one: "fit", unless the
+    script uses that name already."""
+    used = {name_of(n) for n in ast.walk(source.tree) if isinstance(n, ast.Name | ast.Attribute)}
+    used |= {n.name for n in ast.walk(source.tree) if isinstance(n, (*FUNCTIONS, ast.alias))}
+    name = "plan_fit" if "fit" in used else "fit"
+    return f"self.{name}" if is_of_self(optimizer) else name
 
 
 def _must_be_made_once(source: Source, statements: Statements, at: int, optimizer: str, model: str) -> None:
@@ -429,11 +560,13 @@ def _scaler(
 
 
 def _caller(
-    source: Source, place: LoopPlace, optimizer: str
+    source: Source, place: LoopPlace, optimizer: str, model: str
 ) -> tuple[Statements, ast.AST, dict[str, ast.expr]]:
     """Return (the statements of the function or module that makes the optimizer; the call there of the
     function with the loop, an empty ``pass`` if there is none; the arguments of that call, by parameter).
-    Raises UserError if not exactly one function or module makes the optimizer."""
+    Raises UserError if not exactly one function or module makes the optimizer, and as `_maker` does."""
+    if is_of_self(optimizer):
+        return _maker(source, place, optimizer, model)
     functions = [n for n in ast.walk(source.tree) if isinstance(n, FUNCTIONS)]
     scopes = [source.tree.body, *(f.body for f in functions)]
     calls_of_loop = [
@@ -464,8 +597,60 @@ def _caller(
     return making[0], node or ast.Pass(), {}
 
 
+def _maker(
+    source: Source, place: LoopPlace, optimizer: str, model: str
+) -> tuple[Statements, ast.AST, dict[str, ast.expr]]:
+    """Return what `_caller` does for the attribute ``optimizer`` of ``self``: the method of the loop's class
+    that sets it. If that is ``__init__`` with an argument which its caller also uses for something else, as
+    for a scheduler, return the caller, the call of the class there, and its arguments by attribute. Raises
+    UserError if not exactly one method sets the optimizer, and if the model is no such argument."""
+    owner = class_of(source, place.function)
+    methods = [m for m in owner.body if isinstance(m, FUNCTIONS)] if owner is not None else []
+    makers = [m for m in methods if assignment(m.body, optimizer) is not None]
+    if owner is None or len(makers) != 1:
+        raise UserError(
+            f"the script does not show where {optimizer} is made: exactly one method of the loop's class "
+            "must assign it once, and not inside an if or a loop"
+        )
+    (maker,) = makers
+    names_of = {a.arg for a in maker.args.args}
+    pairs = [pair for s in maker.body if isinstance(s, ast.Assign | ast.AnnAssign) for pair in _pairs(s)]
+    passed = {n: v.id for n, v in pairs if isinstance(v, ast.Name) and v.id in names_of}
+    if maker.name == "__init__" and optimizer in passed:
+        functions = [n for n in ast.walk(source.tree) if isinstance(n, FUNCTIONS)]
+        for scope in (source.tree.body, *(f.body for f in functions)):
+            for call in _outside_functions(scope):
+                if not (isinstance(call, ast.Call) and name_of(call.func) == owner.name):
+                    continue
+                by_parameter = _arguments(maker, call)
+                arguments = {n: by_parameter[p] for n, p in passed.items() if p in by_parameter}
+                argument = arguments.get(optimizer)
+                if not (isinstance(argument, ast.Name) and _is_used_beside(scope, argument.id, call)):
+                    continue
+                if not isinstance(arguments.get(model), ast.Name):
+                    raise UserError(
+                        f"the script makes {argument.id} and uses it before {owner.name} changes or makes "
+                        f"the model {model}: {owner.name} must get the model as it is"
+                    )
+                return scope, call, arguments
+    name = f"self.{place.function.name}" if place.function is not None else ""
+    inside = (n for s in maker.body for n in ast.walk(s) if isinstance(n, ast.Call))
+    user = next((n for n in inside if isinstance(n.func, ast.Name) and n.func.id == name), None)
+    return maker.body, user or ast.Pass(), {}
+
+
+def _is_used_beside(scope: Statements, name: str, call: ast.Call) -> bool:
+    """Return whether ``scope`` reads the variable ``name`` outside the arguments of ``call``."""
+    inside = {id(n) for n in ast.walk(call)}
+    return any(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) and id(n) not in inside
+        for s in scope
+        for n in ast.walk(s)
+    )
+
+
 def _arguments(function: Any, call: ast.Call) -> dict[str, ast.expr]:
-    names = [a.arg for a in function.args.posonlyargs + function.args.args]
+    names = [a.arg for a in function.args.posonlyargs + function.args.args if a.arg != "self"]
     positional = dict(zip(names, call.args, strict=False))
     return positional | {k.arg: k.value for k in call.keywords if k.arg is not None}
 
