@@ -483,10 +483,17 @@ def judge(
         return {"true": best is not None and ratio >= EQUAL / BORDER, **seen}
     if reason.kind in ("left_out_not_needed", "without_as_good"):
         return {"true": best is not None and ratio >= 1 / EQUAL / BORDER, **seen}
-    if reason.kind == "left_out_uncertain":
-        return {"true": best is not None and ratio >= 1 / CLOSE / BORDER, **seen}
-    if reason.kind == "left_out_small":
-        return {"true": ratio >= 1 / CLOSE / BORDER, **seen}
+    if reason.kind in ("left_out_uncertain", "left_out_small"):
+        is_known = best is not None or reason.kind == "left_out_small"
+        return {"true": is_known and ratio >= 1 / CLOSE / BORDER, **seen}
+    if reason.kind == "left_out_only_saves":  # each plan fits without it, and is not slower then
+        by_plan = {r["plan"]: r for r in rows}
+        others = [by_plan.get(label_without(r["plan"], reason.technique)) for r in related]
+        are_better = [
+            o is not None and o["fits"] and o["value"] <= r["value"] * BORDER
+            for r, o in zip(related, others, strict=True)
+        ]
+        return {"true": all(are_better), **seen}
     if reason.kind == "saves":
         other = next((r for r in rows if r["plan"] == without(winner.plan, reason.technique).label), None)
         if other is None or winner.step_s is None or reason.time_ratio is None:
@@ -496,6 +503,12 @@ def judge(
         same = saved == reason.saved_bytes and math.isclose(times, reason.time_ratio, rel_tol=BORDER - 1)
         return {"true": same, "enumerated_saved": saved, "enumerated_ratio": times}
     return {"true": None}
+
+
+def label_without(label: str, technique: str) -> str:
+    """Return the label of the plan without the technique."""
+    parts = [part for part in label.split(" + ") if part.partition("(")[0] != technique]
+    return " + ".join(parts) or "plain"
 
 
 def gap(record: Mapping[str, Any]) -> float:
@@ -514,6 +527,7 @@ GROUPS = {
     "not needed": ("left_out_not_needed",),
     "uncertain": ("left_out_uncertain",),
     "too small to matter": ("left_out_small",),
+    "only saves": ("left_out_only_saves",),
     "included (many devices)": ("without_worse", "without_as_good"),
     "saves": ("saves",),
     "not looked at": ("left_out_not_looked_at", "needed_not_looked_at"),

@@ -13,16 +13,22 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from memfit.catalog import machine
 from memfit.cost.memory import memory_profile
 from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, RowAttention, TriangleAttention, Widths
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.chunk_analysis import find_cuts, first_calls, worth_cutting
-from memfit.techniques.registry import make_use
+from memfit.planner import single_device
+from memfit.planner.evaluate import Predictor
+from memfit.planner.request import Request, job_facts
+from memfit.planner.selection import Objective
+from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
-from memfit.types.job import Job
+from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration
-from memfit.types.plan import Plan
+from memfit.types.plan import Bounds, Plan
+from memfit.types.result import Estimate, ReasonKind
 from memfit.types.trace import Phase, Trace
 
 WIDTHS = Widths(
@@ -438,3 +444,42 @@ def test_calls_of_equal_blocks_are_those_of_the_second_without_running_all(by_nu
     assert {c.inside_bytes for name, c in calls.items() if not name.endswith("inner")} == {2 * 4 * 8 * 4}
     assert set(ran) == (set(range(5)) if by_number else {0, 1})
     assert [*model.blocks._modules] == [*"01234"]
+
+
+ONLY_THESE = {"chunking", "activation-checkpointing"}
+
+
+@pytest.mark.parametrize(
+    ("goal", "fits", "skipped"),
+    [
+        (Objective.FASTEST, lambda e: True, True),
+        (Objective.FASTEST, lambda e: "chunking" in e.plan, False),
+        (Objective.SMALLEST, lambda e: True, False),
+    ],
+)
+def test_a_long_search_skips_chunking_where_plans_fit_without_it(
+    goal: Objective, fits: Callable[[Estimate], bool], skipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single_device, "is_long", lambda predictor: True)
+    job, gpu, sketches = _evoformer(16, 4), machine("RTX-4090"), list[Estimate]()
+    predictor = Predictor(job=job, machine=gpu, job_facts=job_facts(job, "cuda"))
+    bounds = Bounds(without=tuple(name for name in TECHNIQUES if name not in ONLY_THESE))
+    estimated = single_device.estimate_plans(
+        predictor,
+        Request(job_ref=JobRef(spec="evoformer"), machine=gpu, goal=goal, bounds=bounds),
+        2**40,
+        progress=lambda *state: None,
+        meets_limits=fits,
+        negligible_state_bytes=None,
+        sketches=sketches,
+    )
+    assert sketches
+    assert any("chunking" in e.plan for e in sketches) != skipped
+    kinds = [reason.kind for reason in estimated.left_out if reason.technique == "chunking"]
+    assert kinds == [ReasonKind.LEFT_OUT_ONLY_SAVES] * skipped
+    assert estimated.unsketched_count == 0
+    if not skipped:  # what the reason says
+        times = {e.plan: e.step_s.value for e in sketches if e.step_s is not None}
+        chunked = [plan for plan in times if "chunking" in plan]
+        assert chunked
+        assert all(times[plan] > times[plan.without("chunking")] for plan in chunked)

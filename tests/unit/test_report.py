@@ -60,6 +60,7 @@ REASONS = (
     "left_out_accuracy",
     "left_out_unavailable",
     "left_out_small",
+    "left_out_only_saves",
     "left_out_does_not_fit",
     "left_out_too_large",
     "left_out_late",

@@ -77,7 +77,7 @@ from memfit.worker.train import step_maker
 
 _ACCUMULATION, _CHECKPOINTING = "gradient-accumulation", "activation-checkpointing"
 # It runs each module slice by slice, so that its parts take several times as long to trace.
-_SLOW_TO_TRACE = "chunking"
+SLOW_TO_TRACE = "chunking"
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 
 # The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
@@ -628,7 +628,7 @@ class Predictor:
         return sorted(
             parts,
             key=lambda part: (
-                _SLOW_TO_TRACE in part.plan,
+                SLOW_TO_TRACE in part.plan,
                 sum(u != first.get(u.technique, u) for u in part.plan.uses),
                 -counts[part],
                 (part.plan.fingerprint, part.steps),

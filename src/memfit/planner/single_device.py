@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from memfit.engines.registry import engine
 from memfit.planner.capacity import Cap, Fits, memory_cap
-from memfit.planner.evaluate import Predictor
+from memfit.planner.evaluate import SLOW_TO_TRACE, Predictor
 from memfit.planner.machine_calibration import calibrate, score_band
 from memfit.planner.plan_space import effect_then_size_key, may_split, plans, usable
 from memfit.planner.recompute_budget import try_optimal_checkpointing
@@ -40,7 +40,7 @@ from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.dependence import DependenceCause, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
-from memfit.types.result import Estimate, Reason
+from memfit.types.result import Estimate, Reason, ReasonKind
 
 FINALISTS = 14
 _FEWER_FINALISTS = 8  # used if traces are long, as for models with thousands of small tensors
@@ -109,8 +109,9 @@ class EstimatedPlans:
 def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, progress: Progress) -> None:
     """Test whether samples of the batch depend on each other, and limit micro-batches by that
     (`limit_micro_batches`). Meanwhile, until the deadline, trace the parts of sketches that do not split the
-    batch (`Predictor.test_dependence`); but not if the request has a micro-batch, which may need none of
-    these, or if it is for this machine, where the batch may change."""
+    batch (`Predictor.test_dependence`), except those that may not be needed (`_may_skip_slow`); but not if
+    the request has a micro-batch, which may need none of these, or if it is for this machine, where the batch
+    may change."""
     facts = predictor.job_facts
     if facts.batch_size > 1 and not request.bounds.micro_batch and not request.is_here:
         techniques = usable(facts, request.accuracy)[0]
@@ -118,6 +119,8 @@ def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, 
         allowed = [t for t in techniques if StepPart.PASSES in t.changes and t.name not in excluded_names]
         refusals_of = engine(request.engine).refusals
         whole_batch_plans = [plan for plan in plans(facts, allowed) if not refusals_of(plan)]
+        if _may_skip_slow(predictor, request):
+            whole_batch_plans = [plan for plan in whole_batch_plans if SLOW_TO_TRACE not in plan]
         with deadline.earlier_by(_TRACING_SHARE * (request.within_s or 0.0)):
             predictor.test_dependence(
                 whole_batch_plans, deadline, lambda *counts: progress("search", *counts)
@@ -151,7 +154,8 @@ def estimate_plans(
     sketches: list[Estimate],
 ) -> EstimatedPlans:
     """Sketch every plan (estimate it from traces of parts), trace the best ones whole, and, if the request is
-    for this machine, time the operators that they need.
+    for this machine, time the operators that they need. Plans with a technique that only saves memory and
+    whose traces take long are left out if they fit without it (`_may_skip_slow`).
 
     ``meets_limits`` tells whether a plan fits the memory and keeps to the request's other limits.
     ``negligible_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
@@ -186,20 +190,25 @@ def estimate_plans(
         if any(map(meets_limits, predictor.whole_in_time(known_plans))):
             predictor.deadline.stop()
     kept_s = _TRACING_SHARE * (request.within_s or 0.0)
+    may_skip = _may_skip_slow(predictor, request)
+    slow_plans = [plan for plan in all_plans if may_skip and SLOW_TO_TRACE in plan]
     with predictor.deadline.earlier_by(kept_s):
-        with contextlib.suppress(TimeUp):
-            predictor.prepare(all_plans, lambda *counts: progress("search", *counts))
-        predictor.compose()
-        for index, plan in enumerate(all_plans):
-            progress("price", index, len(all_plans), plan.label)
-            with contextlib.suppress(TimeUp):  # parts that are missing would be traced one after another
-                sketches.append(predictor.sketch(plan))
+        _sketch([plan for plan in all_plans if plan not in slow_plans], predictor, sketches, progress)
+        fitting_plans = {e.plan for e in filter(meets_limits, sketches)}
+        skipped_plans = {plan for plan in slow_plans if plan.without(SLOW_TO_TRACE) in fitting_plans}
+        _sketch([plan for plan in slow_plans if plan not in skipped_plans], predictor, sketches, progress)
+    all_plans = [plan for plan in all_plans if plan not in skipped_plans]
+    if slow_plans and skipped_plans.issuperset(slow_plans):
+        reason = Reason(kind=ReasonKind.LEFT_OUT_ONLY_SAVES, technique=SLOW_TO_TRACE)
+        left_out = (*left_out, reason)
     try:
         if not sketches:
             raise TimeUp
         estimates = _trace_best(predictor, request, cap_bytes, progress, meets_limits, sketches)
     except TimeUp:
-        estimates = _estimates_in_time(predictor, request, cap_bytes, meets_limits, sketches, all_plans)
+        estimates = _estimates_in_time(
+            predictor, request, cap_bytes, meets_limits, sketches, all_plans, progress
+        )
     estimated_plans = {e.plan for e in (*sketches, *estimates)}
     return EstimatedPlans(
         traced=estimates,
@@ -207,6 +216,28 @@ def estimate_plans(
         unsketched_count=len(all_plans) - len(sketches),
         left_out=left_out,
     )
+
+
+def _may_skip_slow(predictor: Predictor, request: Request) -> bool:
+    """Return whether plans with a technique whose traces take long (`SLOW_TO_TRACE`) are left out if they fit
+    without it. This technique saves memory and adds time, so such a plan is never better unless the goal is
+    memory. Only for models whose traces take long (`is_long`). On this machine the measured time decides."""
+    saves_time = request.goal in (Objective.FASTEST, Objective.CHEAPEST, Objective.GREENEST)
+    return saves_time and not request.is_here and is_long(predictor)
+
+
+def _sketch(
+    these_plans: Sequence[Plan], predictor: Predictor, sketches: list[Estimate], progress: Progress
+) -> None:
+    """Trace the parts of ``these_plans`` and append their sketches to ``sketches``, as far as the time of the
+    predictor's deadline allows."""
+    with contextlib.suppress(TimeUp):
+        predictor.prepare(these_plans, lambda *counts: progress("search", *counts))
+    predictor.compose()
+    for index, plan in enumerate(these_plans):
+        progress("price", index, len(these_plans), plan.label)
+        with contextlib.suppress(TimeUp):  # parts that are missing would be traced one after another
+            sketches.append(predictor.sketch(plan))
 
 
 def plans_asked_for(request: Request) -> tuple[object, ...]:
@@ -304,6 +335,7 @@ def _estimates_in_time(
     meets_limits: Fits,
     sketches: Sequence[Estimate],
     all_plans: Sequence[Plan],
+    progress: Progress,
 ) -> list[Estimate]:
     """Return the estimates of the plans that were traced before the predictor's deadline, with plain training
     and the baseline.
@@ -316,6 +348,7 @@ def _estimates_in_time(
     traced_plans = {plan for plan, _ in predictor.traces}
     estimates = {e.plan: e for e in predictor.whole_in_time(p for p in all_plans if p in traced_plans)}
     plain_plan = make_plain_plan(request.ranks)
+    progress("finalists", 0, 1, request.baseline.label)
     with predictor.deadline.overtime():
         estimates |= {plan: predictor.whole(plan) for plan in (plain_plan, request.baseline)}
     needs = memory_cap(cap_bytes, request.machine, request.engine).needs
@@ -327,8 +360,9 @@ def _estimates_in_time(
     for techniques in (*requested, *_SAVING_MOST):
         with_these = [p for p in all_plans if p not in excluded and techniques <= p.techniques]
         chosen += sorted(with_these, key=effect_then_size_key)[:1]
-    for plan in chosen:
+    for index, plan in enumerate(chosen):
         if not any(map(meets_limits, estimates.values())):
+            progress("finalists", index, len(chosen), plan.label)
             with predictor.deadline.overtime():
                 estimates[plan] = predictor.whole(plan)
     return list(estimates.values())

@@ -474,6 +474,8 @@ class ReasonKind(enum.StrEnum):
     LEFT_OUT_NOT_LOOKED_AT = "left_out_not_looked_at"  # of plans with it what NEEDED_NOT_LOOKED_AT says
     LEFT_OUT_ACCURACY = "left_out_accuracy"  # the requested accuracy does not allow it
     LEFT_OUT_SMALL = "left_out_small"  # the ``saved_bytes`` of the job's state are too few to matter
+    # Each plan that could have it fits without it, and it only adds time; plans with it were not estimated.
+    LEFT_OUT_ONLY_SAVES = "left_out_only_saves"
     LEFT_OUT_CHANGES = "left_out_changes"  # it changes the training, because samples depend on each other
     LEFT_OUT_UNAVAILABLE = "left_out_unavailable"  # a package that it needs is not installed
     LEFT_OUT_DOES_NOT_FIT = "left_out_does_not_fit"  # in records of older versions only
