@@ -23,6 +23,7 @@ from memfit.inputs import batch_of, loss_of, on_ranks, plan_of, refuse_lazy
 from memfit.jobs.optimizer_groups import PlanOptimizer, UserGroups
 from memfit.jobs.training_step import MicroBatch, TrainingStep, move_batch, weigh_loss
 from memfit.model.batch_objects import batch_length, batch_tensors, repeat
+from memfit.model.tensors import plain_tensors
 from memfit.techniques.imported_optimizer import parse_arguments
 from memfit.techniques.loss_scale import GradScalerScale
 from memfit.techniques.optimizers import default_optimizer
@@ -60,7 +61,9 @@ class Fit:
         self.conformance: Conformance | None = None
         self._step, self._conform = step, conform
         # `memfit estimate` runs the script on tensors without values: they cannot be compared with a plan
-        self._is_traced = any(isinstance(p, FakeTensor) for p in step.model.parameters())
+        self._is_traced = any(
+            isinstance(t, FakeTensor) for p in step.model.parameters() for t in plain_tensors(p)
+        )
         self._elements = elements
         self._monitor: Monitor | None = None
         self._micro_batch: MicroBatch | None = None  # the one that waits for backward

@@ -774,6 +774,11 @@ def test_a_jump_that_stays_in_a_step_or_comes_before_or_after_it_is_no_reason() 
 def test_a_plan_of_several_ranks_needs_a_script_of_several_ranks() -> None:
     edit = diff(PLAIN, {"ddp": {}}, ranks=2)
     assert "both init_process_group and DistributedSampler" in edit.reason
+    wrapped = PLAIN.replace(
+        "optimizer = torch", "model = nn.parallel.DistributedDataParallel(model)\noptimizer = torch", 1
+    )
+    assert wrapped != PLAIN
+    assert "take its lines out of the script first" in diff(wrapped, {"fsdp2": {}}, ranks=2).reason
 
 
 def test_training_arguments_are_changed_and_added(tmp_path: Path) -> None:

@@ -882,6 +882,57 @@ def test_a_training_without_a_module_of_its_own_is_predicted(text: str, tmp_path
     assert _peak_bytes(answer) == pytest.approx(measured, rel=0.01)
 
 
+def test_model_and_optimizer_are_named_as_without_the_plan_that_the_script_applies(
+    tmp_path: Path,
+) -> None:
+    text = """
+        import torch
+        import memfit
+
+        model = torch.nn.Linear(8, 8)
+        optimizer = torch.optim.AdamW(model.parameters())
+        fit = memfit.apply({"bf16-parameters": {"rounding": "master"}}, model, optimizer)
+        for _ in range(3):
+            for x in fit.split(torch.ones(4, 8)):
+                with fit.forward():
+                    loss = fit.model(x).sum()
+                fit.backward(loss)
+            fit.step()
+    """
+    answer = _estimated(tmp_path / "applied.py", text)
+    assert answer.trace is not None
+    assert (answer.trace.parameter_count, answer.trace.trainable_count) == (72, 72)
+    assert answer.optimizers == ("AdamW",)
+
+
+def test_a_sharding_plan_that_the_script_applies_is_predicted_on_a_gpu(tmp_path: Path) -> None:
+    """The first step was compared with the plan, although tensors have no values, and failed."""
+    path = tmp_path / "applied.py"
+    path.write_text(
+        textwrap.dedent("""
+        import torch
+        import torch.distributed as dist
+        import memfit
+
+        dist.init_process_group("nccl")
+        layers = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()) for _ in range(4)]
+        model = torch.nn.Sequential(*layers).cuda()
+        optimizer = torch.optim.AdamW(model.parameters())
+        fit = memfit.apply({"ranks": 2, "techniques": {"fsdp2": {}}}, model, optimizer)
+        for _ in range(3):
+            for x in fit.split(torch.ones(8, 64).cuda()):
+                with fit.forward():
+                    loss = fit.model(x).sum()
+                fit.backward(loss)
+            fit.step()
+        """)
+    )
+    answer = estimate_script(["torchrun", "--nproc-per-node", "2", str(path)], machine="2xRTX-4090")
+    assert answer.estimate is not None
+    assert "fsdp2" in answer.estimate.plan
+    assert answer.ranks == 2
+
+
 def test_a_training_by_hand_is_refused_with_what_to_do(tmp_path: Path) -> None:
     text = "import torch\nx = torch.ones(3, requires_grad=True)\nfor _ in range(3): x.sum().backward()"
     assert "give other tensors to such an optimizer" in _problem(tmp_path / "hand.py", text)
@@ -1346,6 +1397,7 @@ def test_a_script_that_does_not_train_is_told(tmp_path: Path) -> None:
     problem = _problem(tmp_path / "exits.py", "import sys\nprint('usage: exits.py X')\nsys.exit(2)")
     assert "ended with code 2" in problem
     assert "usage: exits.py X" in problem
+    assert "optimizer" not in problem  # the script needs other arguments, not another optimizer
 
 
 def test_a_script_that_asks_or_trains_in_a_thread_is_told_why_it_fails(tmp_path: Path) -> None:
@@ -1625,6 +1677,41 @@ for step in range(3):
 
 
 @pytest.mark.long
+def _on_ranks(path: Path, wrap: str, machine: str) -> ScriptAnswer:
+    path.write_text(_RANKS.format(imports=_WRAPS[wrap][0], wrap=_WRAPS[wrap][1], place="cpu"))
+    command = ["torchrun", "--nproc-per-node", "2", str(path)]
+    search = PlanSearch(without=_all_but("ddp", "fsdp2"), within_s=20)
+    return estimate_script(command, machine=machine, search=search)
+
+
+def test_plans_are_searched_for_the_ranks_of_a_script(tmp_path: Path) -> None:
+    answer = _on_ranks(tmp_path / "ranks.py", "ddp", "2xRTX-4090")
+    assert answer.estimate is not None
+    assert answer.estimate.dependence is None  # its own ranks split no batch that it does not split
+    assert answer.plans is not None, answer.no_plans
+    assert answer.batch_size == 2 * 16
+    plans = [c.estimate.plan for c in answer.plans.frontier]
+    assert {plan.ranks for plan in plans} == {2}
+    assert any("fsdp2" in plan for plan in plans)
+    plain_bytes = answer.plans.baseline.estimate.allocated_bytes.value
+    assert plain_bytes == pytest.approx(answer.estimate.allocated_bytes.value, rel=0.25)  # other buckets
+
+
+@pytest.mark.parametrize(
+    ("wrap", "machine", "reason"),
+    [
+        ("ddp", "RTX-4090", "name a machine with 2, as in --on 2xRTX-4090"),
+        ("fsdp2", "2xRTX-4090", "its 2 processes share its model already"),
+    ],
+)
+def test_ranks_for_which_no_plan_can_be_searched_are_told_why(
+    wrap: str, machine: str, reason: str, tmp_path: Path
+) -> None:
+    answer = _on_ranks(tmp_path / "ranks.py", wrap, machine)
+    assert answer.plans is None
+    assert reason in answer.no_plans
+
+
 def test_plans_are_searched_for_the_step_of_a_script(tmp_path: Path) -> None:
     path = tmp_path / "blocks.py"
     path.write_text(

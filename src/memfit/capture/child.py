@@ -34,6 +34,7 @@ from memfit.capture.script_trace import LoopMode, ScriptTrace
 from memfit.capture.update_cycle import UpdateCycle, params_of
 from memfit.cost.estimate import peak_with_batch, widened
 from memfit.inputs import machine_of
+from memfit.jobs.optimizer_groups import PlanOptimizer
 from memfit.jobs.registry import add_job
 from memfit.model.tensors import tensor_leaves
 from memfit.planner.evaluate import Predictor
@@ -42,12 +43,15 @@ from memfit.planner.search import search
 from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.explain import traced_estimate
 from memfit.techniques.base import JobFacts
+from memfit.techniques.optimizers import innermost
 from memfit.techniques.registry import make_use
 from memfit.trace.assumed_values import AssumedCase, assume_case
+from memfit.trace.fake_process_group import own_groups_set_aside
 from memfit.trace.tracer import fake_patches, recording_patches
 from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.gc_pause import collect_as_usual
 from memfit.types.job import Job, JobRef
+from memfit.types.machine import Machine
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate, Interval
 from memfit.types.serialization import dumps, loads
@@ -99,9 +103,8 @@ class _Session:
             _await_threads()
             problem = self.thread_problem or "the script ended"
         except SystemExit as ending:
-            problem = (
-                f"the script ended with {'code ' if isinstance(ending.code, int) else ''}{ending.code or 0}"
-            )
+            said = f"code {ending.code}" if isinstance(ending.code, int) else str(ending.code)
+            problem = f"the script ended with {said}" if ending.code else "the script ended"
         except BaseException as error:  # noqa: BLE001  whatever the script raises is told in one line
             problem = self._describe(error)
             if isinstance(error, UserError):
@@ -202,11 +205,13 @@ class _Session:
                 )
             if answer.shared_bytes:
                 cap_bytes = max(1, cap_bytes - answer.shared_bytes)
+            if answer.ranks > 1:
+                _check_ranks(name, answer.ranks, trace, self.machine)
             (optimizer,) = trace.cycle.optimizers.values()
             job = trace.calls.job(
                 name,
                 optimizer,
-                trace.accumulated,
+                trace.accumulated * answer.ranks,
                 clip=trace.clip,
                 workers=trace.workers,
                 other_bytes=trace.other_bytes,
@@ -229,7 +234,8 @@ class _Session:
                 goal=plan_search.goal,
                 accuracy=plan_search.accuracy,
             )
-            planning = search(request, lambda *progress: None)
+            with own_groups_set_aside():
+                planning = search(request, lambda *progress: None)
         except MemfitError as error:
             _print_traceback(error)
             return dataclasses.replace(answer, no_plans=str(error))
@@ -271,7 +277,8 @@ class _Session:
         )
         if self.spec.probe and self.machine.is_here and self.machine.device.is_host:
             probe_workspaces(predictor, plan)
-        estimate = predictor.whole(plan)
+        # the script's own ranks split no batch that it does not split anyway
+        estimate = dataclasses.replace(predictor.whole(plan), dependence=None)
         if self.machine.device.is_host:
             estimate = _with_late_collective(estimate, predictor.trace(plan))
         estimate = self._with_other_batches(self._with_sparse_rows(estimate))
@@ -295,7 +302,7 @@ class _Session:
             trace=full_trace,
             peak_clock=explained.peak_clock,
             model=type(trace.model).__name__ if trace.model is not None else "",
-            optimizers=tuple(dict.fromkeys(type(o).__name__ for o in trace.cycle.optimizers.values())),
+            optimizers=_names(trace.cycle.optimizers.values()),
             steps=trace.cycle.count,
             micro_batches=trace.accumulated,
             ranks=plan.ranks,
@@ -426,7 +433,7 @@ class _Session:
             self.end(goes_on=False)
         if problem.startswith("the script raised EOFError"):
             hint = "the script reads its standard input, which is empty here: give what it asks as arguments"
-        if not self.trace.begun and has_ended:
+        if not self.trace.begun and problem == "the script ended":
             hint = (
                 "no backward pass and update of a module's parameters, or of tensors that an optimizer of "
                 "torch.optim holds, was seen: give other tensors to such an optimizer"
@@ -503,6 +510,30 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _state_bytes(optimizer: Any) -> int:
     return _bytes(tensor_leaves([optimizer.state.get(p, {}) for p in params_of(optimizer)]))
+
+
+def _check_ranks(name: str, ranks: int, trace: ScriptTrace, machine: Machine) -> None:
+    """Raise UserError if no plans can be searched for the ``ranks`` processes of the script ``name``: if they
+    share the model, or if ``machine`` has another number of devices."""
+    if trace.shards_model:
+        raise UserError(
+            f"no plan can be searched for {name}: its {ranks} processes share its model already",
+            hint="leave out what distributes the model, such as fully_shard: plans do this, too",
+        )
+    devices = machine.device_count
+    if devices != ranks:
+        raise UserError(
+            f"no plan can be searched for {name}: it has {ranks} processes, but the machine has {devices} "
+            f"device{'s' * (devices != 1)}",
+            hint=f"name a machine with {ranks}, as in --on {ranks}x{machine.device.name}",
+        )
+
+
+def _names(optimizers: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of the classes of ``optimizers``, each once; of a `PlanOptimizer`, which
+    `memfit.apply` makes, those of the optimizers inside it."""
+    single = [i for o in optimizers for i in (innermost(o) if isinstance(o, PlanOptimizer) else [o])]
+    return tuple(dict.fromkeys(type(o).__name__ for o in single))
 
 
 def _optimizer_text(optimizer: Any) -> str:

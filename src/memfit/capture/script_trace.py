@@ -86,6 +86,7 @@ class ScriptTrace:
         self._twins: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensor -> its fake copy
         self._roots: dict[str, torch.nn.Module] = {}
         self._adopted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._had_gradient: set[int] = set()  # ids of trained tensors that had one after a backward pass
         self._patches = contextlib.ExitStack()
         self._from_workers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # real tensors that are not counted
         self.evaluation: EvaluationSearch | None = None  # in the fork that looks for one
@@ -330,8 +331,23 @@ class ScriptTrace:
     @property
     def trains_loose(self) -> bool:
         """Whether optimizers train tensors that are in no module."""
-        in_modules = {id(p) for module in existing(torch.nn.Module) for p in module._parameters.values()}
+        in_modules = _ids_of_parameters()
         return any(id(t) not in in_modules for _, t in self._trained_tensors())
+
+    @property
+    def shards_model(self) -> bool:
+        """Whether a trained tensor is a DTensor, as under FSDP2 and tensor parallelism, so that each process
+        may hold a part of it only."""
+        from torch.distributed.tensor import DTensor
+
+        return any(isinstance(t, DTensor) for _, t in self._trained_tensors())
+
+    def _model_parameters(self) -> list[torch.Tensor]:
+        """Return the parameters of the outermost modules, and the other tensors that optimizers train and
+        that had a gradient after a backward pass. Copies of parameters that an optimizer updates in their
+        place, such as those in float32 of parameters in bf16, have none then and are left out."""
+        counted = _ids_of_parameters() | self._had_gradient
+        return [p for _, p in self._trained_tensors() if id(p) in counted]
 
     def adopt_states(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the real tensors of an optimizer's state, which the script has loaded, into fake ones. Those
@@ -433,6 +449,7 @@ class ScriptTrace:
     def _close_backward(self) -> None:
         for owner, param in self._trained_tensors():
             if param.grad is not None:
+                self._had_gradient.add(id(param))
                 self.recorder.label(param.grad, Category.GRADIENT, module=owner)
                 if self.recorder.is_on_host(param):
                     self.recorder.move(param.grad, ON_HOST)
@@ -509,7 +526,7 @@ class ScriptTrace:
         groups = process_groups()
         allocations, ops, spans = self.recorder.finish()
         on_device, on_host = split_host_memory(allocations, spans)
-        params = [p for _, p in self._trained_tensors()]
+        params = self._model_parameters()
         steps = max(s.step for s in spans) + 1
         return Trace(
             device=self.recorder.device,
@@ -532,6 +549,11 @@ class ScriptTrace:
                 for t in (*params, *(b for r in self._roots.values() for b in r.buffers()))
             ),
         )
+
+
+def _ids_of_parameters() -> set[int]:
+    """Return the ids of the parameters of all modules of the process."""
+    return {id(p) for module in existing(torch.nn.Module) for p in module._parameters.values()}
 
 
 def _shards_on_host(root: torch.nn.Module) -> Iterator[torch.Tensor]:

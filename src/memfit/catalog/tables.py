@@ -65,15 +65,14 @@ def find(name: str, *, what: str, rows: Mapping[str, Row]) -> str:
         else ""
     )
     if (matches or what == "device") and len(rows) > _FEW_ROWS and what in _LISTED:
-        did_you_mean_or_machine_file = (
-            did_you_mean
-            or "a machine file (--on FILE.toml) describes a device that the catalog lacks, "
+        machine_file = (
+            "a machine file (--on FILE.toml) describes a device that the catalog lacks, "
             "see docs/several-gpus.md"
         )
-        raise UserError(
-            f"unknown {what}: {name!r} is not in memfit's catalog",
-            hint=f"{did_you_mean_or_machine_file} (`memfit list machines` lists all)",
-        )
+        hints = [did_you_mean or machine_file, "(`memfit list machines` lists all)"]
+        if did_you_mean and what == "device":
+            hints.append("or one of the same generation, with the memory of yours: --memory 12GiB")
+        raise UserError(f"unknown {what}: {name!r} is not in memfit's catalog", hint=" ".join(hints))
     raise UserError(
         f"unknown {what}: {name!r} is not in memfit's catalog",
         allowed=", ".join(rows),

@@ -139,6 +139,11 @@ def sets_precision(plan: Plan) -> bool:
 def _must_not_be_in_the_way(source: Source, plan: Plan) -> None:
     names = {name_of(n) for n in ast.walk(source.tree) if isinstance(n, ast.Name | ast.Attribute)}
     names |= {n.name for n in ast.walk(source.tree) if isinstance(n, ast.alias)}
+    if plan.ranks > 1 and (names & {"DistributedDataParallel", "DDP"}):
+        raise UserError(
+            "the script uses DistributedDataParallel; take its lines out of the script first, because a "
+            "plan of several ranks applies or replaces it"
+        )
     wrapped = {name for name, is_conditional, _ in wrappers(source) if not is_conditional}
     if in_the_way := sorted(names & _IN_THE_WAY | wrapped):
         raise UserError(
@@ -149,11 +154,6 @@ def _must_not_be_in_the_way(source: Source, plan: Plan) -> None:
         raise UserError(
             f"the plan has {plan.ranks} ranks, but the script does not use both init_process_group and "
             "DistributedSampler"
-        )
-    if plan.ranks > 1 and (names & {"DistributedDataParallel", "DDP"}):
-        raise UserError(
-            "the script uses DistributedDataParallel; leave it out, because a plan of several ranks applies "
-            "or replaces it"
         )
 
 

@@ -46,7 +46,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
     if dist.is_initialized() and dist.get_backend() == "fake":
         raise MemfitError("a plan with several ranks cannot be traced within the trace of another one")
-    with _own_groups_set_aside():
+    with own_groups_set_aside():
         _forget_other_worlds(layout(plan), rank)
         hook = sys.excepthook  # torch installs one that adds the rank to every later traceback
         dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
@@ -59,7 +59,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def _own_groups_set_aside() -> Iterator[None]:
+def own_groups_set_aside() -> Iterator[None]:
     """Inside this context, hide this process's own process groups from torch.distributed, which then has
     none; afterwards it has them again. The groups themselves are not touched. Without own groups, do nothing.
     """
