@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from child_ranks import run_script
 
+from memfit.capture.result import ScriptAnswer
 from memfit.cli.estimate_script import _edit
 from memfit.cli.plan_diff import edit_of
 from memfit.export.script_diff import ScriptDiff, inexpressible, read_script, script_diff
@@ -21,7 +22,7 @@ from memfit.techniques.plan_file import parse_plan
 from memfit.techniques.registry import TECHNIQUES
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.plan import EffectClass
+from memfit.types.plan import EffectClass, Plan
 from memfit.types.result import Choice, Estimate, Interval, SearchResult
 
 PLAIN = '''"""Trains a small network."""
@@ -523,6 +524,7 @@ def test_a_loop_with_micro_batches_of_its_own_trains_the_same_if_there_is_one(tm
     edited = patched(OWN_STEPS, edit, tmp_path)
     assert edited.index("fit.backward(loss)") < edited.index("        x = torch.randn(8, 4)\n")
     assert any("micro-batches must be one" in remark for remark in edit.remarks)
+    assert not script_diff(Source("train.py", OWN_STEPS), Plan(), batch_size=8, own_micro_batches=2).diff
     assert output(edited, tmp_path) == output(OWN_STEPS, tmp_path)
     (tmp_path / "run.py").write_text(edited.replace("steps, norm = 1", "steps, norm = 2"))
     run = run_script("run.py", cwd=tmp_path)
@@ -575,7 +577,11 @@ REFUSED = {
     ),
     "accumulation of its own": (
         PLAIN.replace("        optimizer.step()\n", "        if index % 2:\n            optimizer.step()\n"),
-        "no OPTIMIZER.step",
+        "line 25 makes the optimizer's step only under a condition, as a script does that accumulates",
+    ),
+    "a number of micro-batches of its own": (
+        OWN_STEPS.replace("in range(steps)", "in range(4)"),
+        "the script splits the batch of a step itself, into 4 micro-batches",
     ),
     "a scaled loss": (PLAIN.replace("loss.backward()", "(loss / 2).backward()"), "LOSS.backward()"),
     "two losses": (PLAIN.replace("loss.backward()", "out.sum().backward(); loss.backward()"), "2 times"),
@@ -1141,7 +1147,8 @@ def _found(recommended: dict[str, Any], *others: dict[str, Any]) -> SearchResult
 def test_a_script_for_which_plain_training_is_recommended_needs_no_edit(tmp_path: Path) -> None:
     path = tmp_path / "train.py"
     path.write_text("model(batch).sum().backward()\noptimizer.step()\n")
-    assert _edit(read_script(path), _found({}), 8, on_host=True) == ScriptDiff(diff="")
+    answer = ScriptAnswer(program="train.py", plans=_found({}), batch_size=8)
+    assert _edit(read_script(path), answer, on_host=True) == ScriptDiff(diff="")
 
 
 def test_a_plan_that_the_library_cannot_express_gives_way_to_the_next(tmp_path: Path) -> None:

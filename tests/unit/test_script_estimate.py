@@ -1010,6 +1010,39 @@ def _estimated(path: Path, text: str, machine: str = "this:cpu", **options: Any)
     return estimate_script([sys.executable, str(path)], machine=machine, probe=False, **options)
 
 
+_DECISIONS = {
+    "if loss.item() > 100:\n        break": ".item() on torch.float32 answered 1.0 at train.py:18",
+    "total += loss.item()\n    if round(total / (step + 1), 3) < 0:\n        break": (
+        ".item() on torch.float32 answered 1.0 at train.py:18"
+    ),
+    "if loss > 100:\n        break": ".item() on torch.float32 answered 1.0 at train.py:18",
+    "if loss < most:\n        most = loss.detach()": ".item() on torch.bool answered True at train.py:18",
+    "total += loss.item()\n    print(f'{total / 2:.3f}', float(loss))": "",
+}  # end of a step -> the assumption that the answer lists
+
+
+@pytest.mark.parametrize("end", _DECISIONS)
+def test_a_loss_that_decides_something_is_listed_with_what_is_assumed(end: str, tmp_path: Path) -> None:
+    before = "total, most = 0.0, torch.tensor(9.0)"
+    script = Path(_script(tmp_path, before=before))
+    text = script.read_text().replace("    print(step, loss.item())", f"    {end}")
+    script.write_text(text)
+    answer = estimate_script([sys.executable, str(script)], machine="this:cpu", probe=False)
+    assert answer.estimate is not None
+    items = [a for a in answer.estimate.assumptions if a.startswith(".item()")]
+    assert items == [_DECISIONS[end]] * bool(_DECISIONS[end])
+
+
+def test_a_bound_is_the_loss_that_a_script_compares(tmp_path: Path) -> None:
+    script = Path(_script(tmp_path))
+    end = "if loss.item() < 0.5:\n        raise SystemExit('good enough')"
+    script.write_text(script.read_text().replace("    print(step, loss.item())", f"    {end}"))
+    command = [sys.executable, str(script)]
+    assert estimate_script(command, machine="this:cpu", probe=False).steps > 1
+    answer = estimate_script(command, machine="this:cpu", probe=False, bound={"train.py:18": 0.25})
+    assert answer.steps == 1
+
+
 @_counts
 @pytest.mark.parametrize("period", [1, 3])
 def test_an_optimizer_that_steps_late_and_rarely_is_in_the_prediction(period: int, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
 
 class LoopFunctions(torch.overrides.TorchFunctionMode):
     """Mode in which fake tensors count as finite, so that a script's checks for overflow pass. A number that
-    is not known, such as a loss, compares as 1 does, which is what its ``item()`` answers. Calls of the
+    is not known, such as a loss, compares as its ``item()`` does (`ScriptTrace.loop_number`). Calls of the
     script's loop are noted (`StepCalls`)."""
 
     def __init__(self, trace: ScriptTrace) -> None:
@@ -96,8 +96,12 @@ class LoopFunctions(torch.overrides.TorchFunctionMode):
             return torch.full(args[0].shape, func in _FINITE, dtype=torch.bool)
         is_asked = func in _COMPARISONS and self.trace.begun and isinstance(args[1], int | float)
         if is_asked and self.trace.is_unknown_number(args[0]):
+            number = self.trace.loop_number(args[0], is_compared=not self.trace.inside)
             with _disable_current_modes():
-                return func(torch.ones(()), args[1])
+                return func(torch.tensor(float(number)), args[1])
+        is_read = func is torch.Tensor.item and self.trace.begun and not self.trace.inside
+        if is_read and self.trace.is_unknown_number(args[0]):
+            return self.trace.loop_number(args[0])
         out = func(*args, **(kwargs or {}))
         if not self.trace.inside:
             self.trace.note_loop_result(out)

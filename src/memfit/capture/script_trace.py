@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memfit.capture.assumed_number import AssumedNumber
 from memfit.capture.batch_sizes import BatchSizes
 from memfit.capture.evaluation import EvaluationSearch
 from memfit.capture.foreign_memory import ForeignMemory
@@ -40,6 +41,7 @@ from memfit.trace import operators
 from memfit.trace.allocation_recorder import AllocationRecorder, Life
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_process_group import process_groups, split_host_memory
+from memfit.trace.source_location import user_line
 from memfit.trace.tracer import not_tracing
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
@@ -201,10 +203,7 @@ class ScriptTrace:
         replaced by fake ones, record it, and return its result. Of ``item()``, return the value of the tensor
         or, if it is not known, a guess."""
         if func is operators.ITEM:
-            values = self.recorder.concrete_values.of(args[0])
-            if values is not None:
-                return values.item()
-            return self.recorder.guesses.item(args[0], is_listed=False)
+            return self._loop_item(args[0])
         args, kwargs = _pytree.tree_map_only(
             torch.Tensor, lambda t: self.twin(t) if is_real(t) else t, (args, kwargs)
         )
@@ -357,6 +356,34 @@ class ScriptTrace:
                 if is_real(tensor) and tensor.dim() and is_fake(param):
                     self.make_fake(tensor)
                     self.recorder.label(tensor, Category.OPTIMIZER_STATE)
+
+    def loop_number(self, tensor: torch.Tensor, *, is_compared: bool = False) -> float:
+        """Return the answer to ``tensor.item()`` in the script's loop for a number that is not known: the
+        bound of its line or 1.0. If the script compares that, or if ``is_compared``, it is listed as an
+        assumption."""
+        guesses, line = self.recorder.guesses, user_line()
+        bound = guesses.bound_at("item", line)
+        if bound is not None:
+            return float(bound)
+        number = AssumedNumber(1.0, lambda: guesses.assume(f".item() on {tensor.dtype} answered 1.0", line))
+        if is_compared:
+            number.on_compared()
+        return number
+
+    def _loop_item(self, tensor: torch.Tensor) -> bool | int | float:
+        """Return the answer to ``tensor.item()`` in the script's loop. A truth value that is not known is
+        listed as an assumption once the training has begun."""
+        values = self.recorder.concrete_values.of(tensor)
+        if values is not None:
+            return values.item()
+        if self.begun and tensor.dtype.is_floating_point:
+            return float(self.loop_number(tensor))
+        guesses, line = self.recorder.guesses, user_line()
+        is_bounded = self.begun and guesses.bound_at("item", line) is not None
+        answer = guesses.item(tensor, is_listed=is_bounded)
+        if self.begun and not is_bounded and tensor.dtype is torch.bool:
+            guesses.assume(f".item() on torch.bool answered {answer}", line)
+        return answer
 
     def is_unknown_number(self, value: Any) -> bool:
         """Return whether ``value`` is a fake floating-point number whose value is not known."""

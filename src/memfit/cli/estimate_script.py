@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from memfit.export.source_edits import Source
     from memfit.report.explain_terminal import ScriptFacts
     from memfit.types.machine import Machine
-    from memfit.types.result import SearchResult
+    from memfit.types.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +214,7 @@ def _show(
             view["plans"] = search_view(answer.plans) if answer.plans else None
             view["no_plans"] = answer.no_plans
         if source is not None and answer.plans is not None and recommended is not None:
-            view["edit"] = _edit(source, answer.plans, answer.batch_size, on_host=on_host)
+            view["edit"] = _edit(source, answer, on_host=on_host)
         emit({**view, "contributors": contributors(explained)})
         return
     print_script(explained, facts, console=console(), lang=lang)
@@ -230,7 +230,7 @@ def _show(
         if recommended.estimate.plan != answer.plans.baseline.estimate.plan:
             print_edit(
                 source,
-                *edit_of(source, answer.plans, answer.batch_size, {}, keeps_enabled=True, on_host=on_host),
+                *_edit_of(source, answer, on_host=on_host),
                 as_json=False,
             )
         else:
@@ -269,17 +269,31 @@ def _facts(answer: ScriptAnswer, machine: Machine, cap_bytes: int | None) -> Scr
     )
 
 
-def _edit(source: Source, plans: SearchResult, batch_size: int, *, on_host: bool) -> ScriptDiff:
+def _edit_of(source: Source, answer: ScriptAnswer, *, on_host: bool) -> tuple[Plan, ScriptDiff]:
+    """Return what `edit_of` does for the plans of ``answer``."""
+    assert answer.plans is not None
+    return edit_of(
+        source,
+        answer.plans,
+        answer.batch_size,
+        {},
+        keeps_enabled=True,
+        on_host=on_host,
+        own_micro_batches=answer.micro_batches,
+    )
+
+
+def _edit(source: Source, answer: ScriptAnswer, *, on_host: bool) -> ScriptDiff:
     """Return the edit of the script for the recommended plan or, if the script cannot express that, the
     fastest other that fits. It is empty if plain training is recommended, which is the script as it is. If no
     plan can be expressed, it has no diff, and its ``reason`` says why."""
     from memfit.export.script_diff import ScriptDiff
 
-    assert plans.recommended is not None
-    if plans.recommended.estimate.plan == plans.baseline.estimate.plan:
+    assert answer.plans is not None and answer.plans.recommended is not None
+    if answer.plans.recommended.estimate.plan == answer.plans.baseline.estimate.plan:
         return ScriptDiff(diff="")
     try:
-        return edit_of(source, plans, batch_size, {}, keeps_enabled=True, on_host=on_host)[1]
+        return _edit_of(source, answer, on_host=on_host)[1]
     except UserError as error:
         return ScriptDiff(diff="", reason=str(error))
 

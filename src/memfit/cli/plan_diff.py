@@ -136,6 +136,7 @@ def edit_of(
     job: Job | None = None,
     keeps_enabled: bool = False,
     on_host: bool = False,
+    own_micro_batches: int = 1,
 ) -> tuple[Plan, ScriptDiff]:
     """Return (the best plan of the search that can be printed as an edit; the edit): the recommended plan, or
     the fastest other that fits, with a remark on why. Raises the UserError of the recommended plan if there
@@ -158,6 +159,7 @@ def edit_of(
                 job=job,
                 keeps_enabled=keeps_enabled,
                 on_host=on_host,
+                own_micro_batches=own_micro_batches,
             )
         except UserError as error:
             first_error = first_error or error

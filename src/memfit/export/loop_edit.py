@@ -69,16 +69,28 @@ def loop_lines(batch: str, samples: int) -> list[str]:
 
 
 def edit_loop(
-    source: Source, plan: Plan, structure: Mapping[str, Any], samples: int, *, loss_terms: str = ""
+    source: Source,
+    plan: Plan,
+    structure: Mapping[str, Any],
+    samples: int,
+    *,
+    loss_terms: str = "",
+    own_micro_batches: int = 1,
 ) -> tuple[str, tuple[str, ...]]:
     """Return (the text of the script with its loop edited to train with ``plan``; remarks for the user).
     ``structure`` is as in `apply_lines`, and ``loss_terms`` the source of that argument; ``samples`` is as in
-    `loop_lines`. Raises
-    UserError, whose ``given`` is the reason, if the script has no loop that can be edited safely, if its
-    batch cannot be split into micro-batches (`_must_split_alike`), or if the plan needs an example batch and
-    the loop shows none."""
+    `loop_lines`. ``own_micro_batches`` is as in `script_diff`. Raises UserError, whose ``given`` is the
+    reason, if the script splits its batch itself, if it has no loop that can be edited safely, if its batch
+    cannot be split into micro-batches (`_must_split_alike`), or if the plan needs an example batch and the
+    loop shows none."""
     source = with_self_variables(source)
     loop = find_loop(source, plan)
+    own = max(own_micro_batches, _repetitions(loop))
+    if loop.own_accumulation and own > 1:
+        raise UserError(
+            f"the script splits the batch of a step itself, into {own} micro-batches. Let it make one micro-"
+            f"batch of all {samples} samples; the plan then splits them"
+        )
     if "gradient-accumulation" in plan:
         _must_split_alike(source, loop)
     remarks = list(_remarks(source, loop, plan, samples))
@@ -116,6 +128,14 @@ def edit_loop(
     for (start, last), new_lines in sorted(edits.items(), reverse=True):
         lines[start - 1 : last] = new_lines
     return "".join(lines), tuple(remarks)
+
+
+def _repetitions(loop: Loop) -> int:
+    """Return N if the loop is ``for ... in range(N)`` with a number; otherwise 1."""
+    node = loop.loop.iter if isinstance(loop.loop, ast.For) else None
+    is_range = isinstance(node, ast.Call) and name_of(node.func) == "range" and len(node.args) == 1
+    count = literal(node.args[0]) if is_range else None  # type: ignore[union-attr]
+    return count if isinstance(count, int) else 1
 
 
 def _import_line(source: Source, setup: LoopSetup) -> int | None:

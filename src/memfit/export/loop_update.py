@@ -108,10 +108,10 @@ def _branches(statement: ast.stmt) -> tuple[Statements, Statements] | None:
 
 def find_update(source: Source, place: LoopPlace) -> Update:
     """Return what the loop does from the backward at ``place`` to the step. Raises UserError if backward has
-    another form than LOSS.backward() or SCALER.scale(LOSS).backward(), if no step follows, if the loop steps
-    another optimizer, too, if gradients change between in another way than by one clipping of the whole
-    model, if two branches contain further statements or differ in more than a GradScaler, or if a GradScaler
-    is also used elsewhere."""
+    another form than LOSS.backward() or SCALER.scale(LOSS).backward(), if no step follows or only under a
+    condition, if the loop steps another optimizer, too, if gradients change between in another way than by
+    one clipping of the whole model, if two branches contain further statements or differ in more than a
+    GradScaler, or if a GradScaler is also used elsewhere."""
     statement = place.body[place.index]
     if (branches := _branches(statement)) is not None:
         first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
@@ -158,6 +158,8 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
     index = next(i for i, s in enumerate(statements) if _is_backward(s))
     loss, scaler = _loss(statements[index])
     rest, step_body = statements[index + 1 :], place.body
+    if not is_whole:
+        _must_step_always(place, rest, scaler)
     if not is_whole and _step_index(place, rest, scaler) is None and (parent := _parent(place)) is not None:
         step_body, position = parent
         if rest:
@@ -187,6 +189,17 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
         removed=tuple(removed),
         scaler=scaler,
     )
+
+
+def _must_step_always(place: LoopPlace, statements: Statements, scaler: str) -> None:
+    """Raise UserError if the loop makes the optimizer's step in an ``if`` among ``statements``."""
+    for statement in (s for s in statements if isinstance(s, ast.If)):
+        if _step_index(place, [s for inner in lists_of(statement) for s in inner], scaler) is not None:
+            raise UserError(
+                f"line {statement.lineno} makes the optimizer's step only under a condition, as a script "
+                "does that accumulates gradients itself. Let each iteration take all samples of a step and "
+                "make the step; the plan then splits them"
+            )
 
 
 def _changes_gradients(statement: ast.stmt) -> bool:

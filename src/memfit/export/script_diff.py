@@ -72,13 +72,15 @@ def script_diff(
     job: Job | None = None,
     keeps_enabled: bool = False,
     on_host: bool = False,
+    own_micro_batches: int = 1,
 ) -> ScriptDiff:
     """Return the edit of the script that makes it train with ``plan``. ``batch_size``: samples of a whole
     step, for which the plan was made. ``structure``: the job's fields that say where things are in the model,
     such as blocks, name -> value. ``keeps_enabled``: precision, checkpointing and compilation that the
     script's TrainingArguments enable stay on, as for a plan that was searched for the step of this script;
     otherwise those that the plan lacks are switched off. ``on_host``: the plan is for a processor, on which
-    TrainingArguments refuse 16-bit precision without use_cpu.
+    TrainingArguments refuse 16-bit precision without use_cpu. ``own_micro_batches``: in how many the script's
+    own loop splits the batch of a step, as far as known.
 
     A script whose form cannot be edited gets a reason and lines to insert by hand. Techniques that Accelerate
     or Lightning does not apply are in the remarks. If the parts of the batch of ``job`` have different
@@ -132,7 +134,9 @@ def script_diff(
     define = ("define loss_terms(batch), which returns how many terms the loss of a batch averages",)
     try:
         samples = batch_size // layout(plan).data
-        text, remarks = edit_loop(source, plan, structure, samples, loss_terms=terms)
+        text, remarks = edit_loop(
+            source, plan, structure, samples, loss_terms=terms, own_micro_batches=own_micro_batches
+        )
     except UserError as error:
         lines = (
             "import memfit",

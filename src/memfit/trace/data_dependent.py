@@ -101,7 +101,7 @@ class Guesses:
                 return not is_denied and not self._rejects()
             return 1.0 if is_float else 1
         line = library_line()
-        bound = 0 if is_denied else self._bound_at("item", line)
+        bound = 0 if is_denied else self.bound_at("item", line)
         self._asked[line] += 1
         # Known values end a loop as they do without memfit; "" is an optimizer's own line in backward.
         may_loop = bool(line) and (value is None or is_guess)
@@ -192,7 +192,7 @@ class Guesses:
         """
         self.questions += 1
         line = library_line()
-        bound = self._bound_at(op, line)
+        bound = self.bound_at(op, line)
         if bound is None:
             bound = self.bound.get("") if isinstance(self.bound, Mapping) else self.bound
         source = ""
@@ -215,7 +215,8 @@ class Guesses:
         self.assume(f"{op} gave {size} of {most} elements{source}", line, is_guess=not source)
         return size
 
-    def _bound_at(self, op: str, line: str) -> int | float | None:
+    def bound_at(self, op: str, line: str) -> int | float | None:
+        """Return the bound of ``line`` or of the user's line, else that of ``op``; None without."""
         if not isinstance(self.bound, Mapping):
             return None
         return self.bound.get(line, self.bound.get(user_line(), self.bound.get(op)))
@@ -235,7 +236,7 @@ class Guesses:
         self.questions += 1
         values, line = self.concrete_values.assume(tensor), library_line()
         if values is None:
-            bound = self._bound_at("item", line)
+            bound = self.bound_at("item", line)
             self.open |= {line: None} if bound is None else {}
             with unset_fake_temporarily():
                 constants = torch.full(tensor.shape, 1 if bound is None else bound).to(tensor.dtype)
