@@ -1017,13 +1017,13 @@ _DECISIONS = {
     ),
     "if loss > 100:\n        break": ".item() on torch.float32 answered 1.0 at train.py:18",
     "if loss < most:\n        most = loss.detach()": ".item() on torch.bool answered True at train.py:18",
-    "total += loss.item()\n    print(f'{total / 2:.3f}', float(loss))": "",
+    "total += loss.item()\n    print(f'{total / 2:.3f}', float(loss))\n    collected.append(loss.item())": "",
 }  # end of a step -> the assumption that the answer lists
 
 
 @pytest.mark.parametrize("end", _DECISIONS)
 def test_a_loss_that_decides_something_is_listed_with_what_is_assumed(end: str, tmp_path: Path) -> None:
-    before = "total, most = 0.0, torch.tensor(9.0)"
+    before = "total, most, collected = 0.0, torch.tensor(9.0), []"
     script = Path(_script(tmp_path, before=before))
     text = script.read_text().replace("    print(step, loss.item())", f"    {end}")
     script.write_text(text)
@@ -1031,6 +1031,66 @@ def test_a_loss_that_decides_something_is_listed_with_what_is_assumed(end: str, 
     assert answer.estimate is not None
     items = [a for a in answer.estimate.assumptions if a.startswith(".item()")]
     assert items == [_DECISIONS[end]] * bool(_DECISIONS[end])
+    assert not answer.growth_bytes
+    assert not any("grows" in note for note in answer.notes)
+
+
+@_counts
+def test_a_line_search_of_lbfgs_is_in_the_upper_end(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("""
+import torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(2, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 1))
+optimizer = torch.optim.LBFGS(
+    model.parameters(), lr=0.5, max_iter=10, history_size=10, line_search_fn="strong_wolfe"
+)
+x = torch.rand(64, 2)
+def closure():
+    optimizer.zero_grad()
+    loss = nn.functional.mse_loss(model(x), x.prod(1, keepdim=True))
+    loss.backward()
+    return loss
+for step in range(6):
+    optimizer.step(closure)
+""")
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    assert answer.estimate is not None
+    measured = measured_bytes(path, steps=6)
+    assert measured > 1.02 * answer.estimate.allocated_bytes.value, (
+        "a search must keep more than the traced one"
+    )
+    assert measured <= answer.estimate.allocated_bytes.high
+
+
+@_counts
+def test_models_that_are_called_in_turns_are_no_batches_that_differ(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text("""
+import torch
+from torch import nn
+maker, critic = nn.Linear(16, 64), nn.Linear(64, 1)
+of_maker = torch.optim.Adam(maker.parameters())
+of_critic = torch.optim.Adam(critic.parameters())
+for step in range(12):
+    critic.requires_grad_(True)
+    of_critic.zero_grad()
+    with torch.no_grad():
+        made = maker(torch.randn(256, 16))
+    (critic(made).mean() - critic(torch.randn(256, 64)).mean()).backward()
+    of_critic.step()
+    if step % 5 == 0:
+        critic.requires_grad_(False)
+        of_maker.zero_grad()
+        critic(maker(torch.randn(256, 16))).mean().backward()
+        of_maker.step()
+""")
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    assert answer.estimate is not None
+    assert not any("differ in size" in note for note in answer.notes)
+    assert answer.estimate.allocated_bytes.high < 1.05 * answer.estimate.allocated_bytes.value
+    assert measured_bytes(path, steps=12) == pytest.approx(answer.estimate.allocated_bytes.value, rel=0.01)
 
 
 def test_a_bound_is_the_loss_that_a_script_compares(tmp_path: Path) -> None:
@@ -1041,6 +1101,20 @@ def test_a_bound_is_the_loss_that_a_script_compares(tmp_path: Path) -> None:
     assert estimate_script(command, machine="this:cpu", probe=False).steps > 1
     answer = estimate_script(command, machine="this:cpu", probe=False, bound={"train.py:18": 0.25})
     assert answer.steps == 1
+
+
+def test_a_script_that_ends_by_an_assumed_loss_is_refused_with_the_line_to_bound(tmp_path: Path) -> None:
+    """As in PPO, which ends an epoch early if the new policy is too far from the old one."""
+    script = Path(_script(tmp_path))
+    text = script.read_text()
+    script.write_text(
+        text.replace("    loss.backward()", "    if loss.item() > 0.5: break\n    loss.backward()")
+    )
+    command = [sys.executable, str(script)]
+    with pytest.raises(UserError, match=r"float32 answered 1.0 at train.py:15\. --bound FILE.py:LINE=N"):
+        estimate_script(command, machine="this:cpu", probe=False)
+    answer = estimate_script(command, machine="this:cpu", probe=False, bound={"train.py:15": 0.25})
+    assert answer.steps > 1
 
 
 @_counts

@@ -25,8 +25,8 @@ class BatchSizes:
 
     def __init__(self) -> None:
         self.traced_bytes = self.largest_bytes = 0
-        # of each step without a loader: of the first, second, ... tensor with which its models are called
-        self.step_bytes: list[Counter[int]] = [Counter()]
+        # of each step without a loader: of the tensors with which each model is called, by their number
+        self.step_bytes: list[Counter[tuple[int, int, int]]] = [Counter()]
         self._begin_s = 0.0  # when the first of these steps ended
         self._loader: Any = None
         self._is_closed = False
@@ -47,12 +47,14 @@ class BatchSizes:
         self.largest_bytes = self.traced_bytes
         self._loader = loader
 
-    def note_call(self, arguments: Any) -> None:
+    def note_call(self, model: Any, arguments: Any) -> None:
         """Note the bytes of the tensors that the script's loop gives to a model that it trains. Do nothing if
         the script uses a loader."""
         if self._loader is None:
-            tensors = enumerate(batch_tensors(arguments))
-            self.step_bytes[-1] |= Counter({i: t.numel() * t.element_size() for i, t in tensors})
+            tensors = batch_tensors(arguments)
+            keys = ((id(model), len(tensors), i) for i in range(len(tensors)))
+            sizes_bytes = (t.numel() * t.element_size() for t in tensors)
+            self.step_bytes[-1] |= Counter(dict(zip(keys, sizes_bytes, strict=True)))
 
     def close_step(self, *, has_begun_anew: bool) -> None:
         """Note the end of a step. ``has_begun_anew``: the steps before it belong to another training."""
@@ -61,10 +63,12 @@ class BatchSizes:
 
     @property
     def loop_ratio(self) -> float:
-        """If the script's loop makes the batches: the largest size of a tensor that each step has, divided by
-        its smallest, for the tensor where this is most. Otherwise, and before the first batch, 1."""
-        steps = list(filter(None, self.step_bytes)) if self._loader is None else []
-        sizes = [[step[i] for step in steps] for i in (set.intersection(*map(set, steps)) if steps else ())]
+        """If the script's loop makes the batches: the largest size of a tensor in a step, divided by its
+        smallest in another one, for the tensor where this is most. Otherwise, and before the first batch, 1.
+        """
+        steps = self.step_bytes if self._loader is None else []
+        keys = {key for step in steps for key in step}
+        sizes = [[step[key] for step in steps if step[key]] for key in keys]
         return max((max(s) / min(s) for s in sizes), default=1.0)
 
     @property

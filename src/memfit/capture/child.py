@@ -65,6 +65,7 @@ _THREAD_LIMIT_S = 10.0
 _NOT_FOR_SCRIPTS = ("optimal-checkpointing",)
 _SPARSE_ERROR = 0.15  # of the peak of steps with sparse gradients: the largest of three scripts was 0.11
 _ADAM_RATIO = 2.0  # bytes of optimizer state by those of parameters
+_LINE_SEARCH_GRADIENTS = 3  # those of both ends of its bracket, and the last one while the next is made
 _NODE_BYTES = 512  # of a node of autograd's graph, in host memory
 _MOST_LINES = 3
 _PACKAGE = str(Path(__file__).parents[1])
@@ -189,7 +190,10 @@ class _Session:
         try:
             if len(trace.cycle.optimizers) > 1:
                 raise UserError(
-                    f"no plan can be searched for {name}: more than one optimizer makes updates in its step"
+                    f"no plan can be searched for {name}: more than one optimizer makes updates in its step",
+                    hint="if each has a model of its own, apply a plan to each by memfit.apply(plan, model, "
+                    "optimizer), and predict the script again; if they share one model, give the parameters "
+                    "to the groups of one optimizer",
                 )
             if trace.trains_loose:
                 raise UserError(
@@ -260,9 +264,6 @@ class _Session:
             self.notes.append(
                 "the script makes no optimizer of torch: two forward and backward passes are predicted"
             )
-        for optimizer in trace.cycle.optimizers.values():
-            if isinstance(optimizer, torch.optim.LBFGS) and (growth := _history_growth(optimizer)):
-                self.notes.append(f"LBFGS keeps more directions in later steps: {format_bytes(growth)} more")
         assert self.ranks is not None
         assert self.redirect is not None
         pinned = (make_use("activation-offload", {"to": "host"}),) if self.redirect.pins else ()
@@ -283,6 +284,7 @@ class _Session:
             estimate = _with_late_collective(estimate, predictor.trace(plan))
         estimate = self._with_other_batches(self._with_sparse_rows(estimate))
         estimate = self._with_untraced_updates(estimate, trace.cycle)
+        estimate = self._with_later_iterations(estimate, trace.cycle.optimizers.values())
         if trace.setup_peak_bytes > estimate.allocated_bytes.high:
             self.notes.append(
                 f"before its first training step, the script needs {format_bytes(trace.setup_peak_bytes)}, "
@@ -376,6 +378,21 @@ class _Session:
             )
         return widened(estimate, high=estimate.allocated_bytes.high + more_bytes)
 
+    def _with_later_iterations(self, estimate: Estimate, optimizers: Iterable[Any]) -> Estimate:
+        """Return the estimate with its upper end raised by the gradients that line searches of LBFGS may keep
+        in later steps. Add notes on these and on its history, which still grows."""
+        more_bytes = 0
+        for optimizer in (o for o in optimizers if isinstance(o, torch.optim.LBFGS)):
+            if growth := _history_growth(optimizer):
+                self.notes.append(f"LBFGS keeps more directions in later steps: {format_bytes(growth)} more")
+            if optimizer.param_groups[0]["line_search_fn"]:
+                more_bytes += _LINE_SEARCH_GRADIENTS * _bytes(params_of(optimizer))
+                self.notes.append(
+                    f"a line search of LBFGS may keep up to {_LINE_SEARCH_GRADIENTS} gradients more than the "
+                    "traced step, which the upper end of the peak includes"
+                )
+        return widened(estimate, high=estimate.allocated_bytes.high + more_bytes)
+
     def _with_sparse_rows(self, estimate: Estimate) -> Estimate:
         """Return the estimate; if the step makes sparse gradients, with its interval widened by 15 % to both
         sides and with a note: their number of rows is only estimated."""
@@ -433,6 +450,11 @@ class _Session:
             self.end(goes_on=False)
         if problem.startswith("the script raised EOFError"):
             hint = "the script reads its standard input, which is empty here: give what it asks as arguments"
+        if has_ended and (assumptions := self.trace.recorder.guesses.assumptions):
+            hint = (
+                f"it may have ended by a value that is assumed: {'; '.join([*assumptions][:_MOST_LINES])}. "
+                "--bound FILE.py:LINE=N gives the true one"
+            )
         if not self.trace.begun and problem == "the script ended":
             hint = (
                 "no backward pass and update of a module's parameters, or of tensors that an optimizer of "

@@ -41,7 +41,7 @@ from memfit.trace import operators
 from memfit.trace.allocation_recorder import AllocationRecorder, Life
 from memfit.trace.data_dependent import Guesses
 from memfit.trace.fake_process_group import process_groups, split_host_memory
-from memfit.trace.source_location import user_line
+from memfit.trace.source_location import reading_line, user_line
 from memfit.trace.tracer import not_tracing
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
@@ -365,14 +365,15 @@ class ScriptTrace:
         bound = guesses.bound_at("item", line)
         if bound is not None:
             return float(bound)
-        number = AssumedNumber(1.0, lambda: guesses.assume(f".item() on {tensor.dtype} answered 1.0", line))
+        text = f".item() on {tensor.dtype} answered 1.0"  # not the tensor, which may be kept with the number
+        number = AssumedNumber(1.0, lambda: guesses.assume(text, line))
         if is_compared:
             number.on_compared()
         return number
 
     def _loop_item(self, tensor: torch.Tensor) -> bool | int | float:
         """Return the answer to ``tensor.item()`` in the script's loop. A truth value that is not known is
-        listed as an assumption once the training has begun."""
+        listed as an assumption once the training has begun, if the user's own code asks for it."""
         values = self.recorder.concrete_values.of(tensor)
         if values is not None:
             return values.item()
@@ -381,7 +382,7 @@ class ScriptTrace:
         guesses, line = self.recorder.guesses, user_line()
         is_bounded = self.begun and guesses.bound_at("item", line) is not None
         answer = guesses.item(tensor, is_listed=is_bounded)
-        if self.begun and not is_bounded and tensor.dtype is torch.bool:
+        if self.begun and not is_bounded and tensor.dtype is torch.bool and f"/{line}:" in reading_line():
             guesses.assume(f".item() on torch.bool answered {answer}", line)
         return answer
 
@@ -422,7 +423,7 @@ class ScriptTrace:
                 self.recorder.phase(Phase.FORWARD)
             self.forwards += 1
             if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
-                self.batches.note_call((args, kwargs))
+                self.batches.note_call(module, (args, kwargs))
         with self.region(), torch.no_grad() if skips_gradients else contextlib.nullcontext():
             out = call(*self.as_fake(args), **self.as_fake(kwargs))
         if self.begun:

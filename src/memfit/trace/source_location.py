@@ -15,7 +15,10 @@ _PACKAGE = f"{Path(__file__).parents[1]}/"
 _STEP = f"{_PACKAGE}jobs/training_step.py"  # code that calls the training step makes none of its tensors
 _TORCH = f"{Path(torch.__file__).parent}/"  # and not each folder of that name: a user may have one
 _NOT_THE_USERS = (_PACKAGE, _TORCH, "/lib/python3", "<")
-_ON_THE_WAY = (f"{_PACKAGE}trace/", f"{_TORCH}_ops.py", f"{_TORCH}overrides.py", f"{_TORCH}utils/_")
+_ON_THE_WAY = (
+    *(f"{_PACKAGE}trace/", f"{_PACKAGE}capture/"),
+    *(f"{_TORCH}_ops.py", f"{_TORCH}overrides.py", f"{_TORCH}utils/_"),
+)
 
 
 def user_place() -> str:
@@ -56,9 +59,9 @@ def library_line() -> str:
 
 def reading_line() -> str:
     """Return the place in the code that reads a tensor's value, as ``path:line:instruction``: the innermost
-    frame outside memfit's trace package and torch's dispatch of operators, in torch's own code or the user's.
-    The index of the bytecode instruction is included because several reads may be on one line. Return "" if
-    there is none."""
+    frame outside memfit's packages trace and capture and torch's dispatch of operators, in torch's own code
+    or the user's. The index of the bytecode instruction is included because several reads may be on one line.
+    Return "" if there is none."""
     frame: Any = sys._getframe(1)
     while frame is not None and any(p in frame.f_code.co_filename for p in _ON_THE_WAY):
         frame = frame.f_back
