@@ -145,10 +145,11 @@ from torch import nn
 
 class Trainer:
     def __init__(self, model, batches, norm=0.5):
-        self.device, self.norm, self.batches = "cpu", norm, batches
+        self.device, self.batches = "cpu", batches
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
         self.model = model.to(self.device)
+        self.norm = norm
         self.steps, self.losses = 0, []
 
     def compute_loss(self, x, y):
@@ -660,9 +661,9 @@ REFUSED = {
     ),
     "a norm that is set late": (
         PLAIN.replace("parameters(), 1.0)", "parameters(), norm)").replace(
-            "scheduler = torch", "used = len(optimizer.param_groups)\nnorm = 1.0\nscheduler = torch"
+            "scheduler = torch", "used = len(optimizer.param_groups)\nnorm = 1.0 * used\nscheduler = torch"
         ),
-        "sets the norm to which the script clips gradients after it has made and used the optimizer",
+        "line 13 uses optimizer, which the plan may replace, before line 14, after which it is applied",
     ),
     "a norm that is a keyword with a default": (
         (
@@ -744,7 +745,13 @@ REFUSED = {
     ),
     "a schedule between an optimizer and what its model needs": (
         TRAINER_CLASS.replace("        self.model =", "        self.device = 'cpu'\n        self.model ="),
-        "line 9 uses self.optimizer before line 11",
+        "line 9 uses self.optimizer, which the plan may replace, before line 12",
+    ),
+    "a closure": (
+        PLAIN.replace("    for index, (x, y) in enumerate(loader):\n", "    def closure(x, y):\n").replace(
+            "        optimizer.step()\n        scheduler.step()\n", "    optimizer.step(closure)\n"
+        ),
+        "passes a closure to the optimizer's step",
     ),
     "no loop": ("import torch\n", "backward 0 times"),
     "text of several lines": (

@@ -18,7 +18,7 @@ from memfit.export.loop_update import (
     stored_names,
     targets_of,
 )
-from memfit.export.self_variables import with_self_variables
+from memfit.export.self_variables import source_with_self_variables
 from memfit.export.source_edits import Source, literal, name_of, number_lines, source_of
 from memfit.export.step_counters import repeated_lines
 from memfit.export.training_loop import Loop, LoopSetup, find_loop, wrappers
@@ -83,7 +83,7 @@ def edit_loop(
     reason, if the script splits its batch itself, if it has no loop that can be edited safely, if its batch
     cannot be split into micro-batches (`_must_split_alike`), or if the plan needs an example batch and the
     loop shows none."""
-    source = with_self_variables(source)
+    source = source_with_self_variables(source)
     loop = find_loop(source, plan)
     own = max(own_micro_batches, _repetitions(loop))
     if loop.own_accumulation and own > 1:

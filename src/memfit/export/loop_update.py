@@ -113,6 +113,8 @@ def find_update(source: Source, place: LoopPlace) -> Update:
     one clipping of the whole model, if two branches contain further statements or differ in more than a
     GradScaler, or if a GradScaler is also used elsewhere."""
     statement = place.body[place.index]
+    if place.function is not None and _is_closure(source, place.function.name):
+        raise UserError("the script passes a closure to the optimizer's step, which memfit.apply cannot call")
     if (branches := _branches(statement)) is not None:
         first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
         keys = [(u.loss, u.optimizer, *map(_text, (u.clip, u.condition))) for u in (first, last)]
@@ -139,6 +141,12 @@ def find_update(source: Source, place: LoopPlace) -> Update:
                     "statements from backward to the optimizer's step"
                 )
     return update
+
+
+def _is_closure(source: Source, name: str) -> bool:
+    """Return whether the script passes the function ``name`` to a method called step."""
+    steps = (n for n in ast.walk(source.tree) if isinstance(n, ast.Call) and name_of(n.func) == "step")
+    return any(isinstance(a, ast.Name) and a.id == name for c in steps for a in c.args)
 
 
 def _text(node: ast.expr | None) -> str:

@@ -11,11 +11,17 @@ from memfit.export.source_edits import Source
 _SELF = "self"
 
 
-def with_self_variables(source: Source) -> Source:
-    """Return the source with a syntax tree in which an attribute ``self.NAME`` in a method is a variable
-    called "self.NAME", with the position of the attribute. The text stays the same."""
+def source_with_self_variables(source: Source) -> Source:
+    """Return the source with a syntax tree as `with_self_variables` returns it. The text stays the same."""
     changed = copy.copy(source)
-    changed.tree = _SelfVariables().visit(ast.parse(source.text))
+    changed.tree = with_self_variables(ast.parse(source.text))
+    return changed
+
+
+def with_self_variables(tree: ast.Module) -> ast.Module:
+    """Return the tree, changed in place, with each attribute ``self.NAME`` as a variable called "self.NAME"
+    at the position of the attribute."""
+    changed: ast.Module = _SelfVariables().visit(tree)
     return changed
 
 

@@ -144,7 +144,7 @@ def number_lines(lines: Iterable[int]) -> str:
 def name_of(node: ast.expr) -> str:
     """Return the last part of a dotted name, such as "AdamW" for ``torch.optim.AdamW``; "" for any other
     expression."""
-    if isinstance(node, ast.Name):  # "self.NAME" in `with_self_variables`
+    if isinstance(node, ast.Name):  # "self.NAME" in `self_variables`
         return node.id.rpartition(".")[2]
     return node.attr if isinstance(node, ast.Attribute) else ""
 

@@ -29,7 +29,7 @@ from memfit.export.loop_update import (
     stored_names,
     targets_of,
 )
-from memfit.export.self_variables import class_of, is_of_self
+from memfit.export.self_variables import class_of, is_of_self, with_self_variables
 from memfit.export.source_edits import Source, name_of
 from memfit.export.step_counters import step_counters
 from memfit.export.step_exits import must_end_each_step
@@ -379,11 +379,11 @@ def _loads_next(statement: ast.stmt, between: Statements, computed: set[str], ca
 
 def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scaler: str) -> LoopSetup:
     """Return where and with what variables the plan is applied: after the last assignment to the optimizer,
-    to the GradScaler ``scaler`` ("": none) or to a variable of the clipping norm; or if there is none to the
-    optimizer in the statement list around the loop, before the loop. Raises UserError if the script does not
-    show where the optimizer is made, if it makes it in another loop than the model, or again in the training
-    loop, if it changes the model between that and the loop, if it uses the model or the optimizer before it
-    sets the norm, and as `_clip` does."""
+    to the GradScaler ``scaler`` ("": none) or to a variable of the clipping norm (`_moved`); or if there is
+    none to the optimizer in the statement list around the loop, before the loop. Raises UserError if the
+    script does not show where the optimizer is made, if it makes it in another loop than the model, or again
+    in the training loop, if it changes the model between that and the loop, and as `_moved` and `_clip` do.
+    """
     loop_optimizer, model = (_attribute_of(place, name) for name in (update.optimizer, model))
     names = {loop_optimizer: loop_optimizer, model: model}
     user: ast.AST = place.loop
@@ -404,26 +404,15 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
     made = {optimizer, scaler} if any(optimizer in stored_names(s) for s in statements[:at]) else set()
     if is_of_self(names[model]) and made:
         made.add(names[model])
-    after = next((s for s in reversed(statements[:at]) if made & {*stored_names(s)}), None)
+    clip = _clip(place, update, arguments if user is not place.loop else None, statements[at:])
+    if made and clip:
+        made |= loaded_names(with_self_variables(ast.parse(clip)))
+    after = next((s for s in reversed(statements[:at]) if made & _defined_names(s)), None)
     moved = _moved(statements[:at], after, optimizer, made)
     if moved:
         after = next(s for s in reversed(statements[:at]) if optimizer in stored_names(s))
-    remarks = []
     between = statements[statements.index(after) + 1 : at] if after is not None else []
-    for statement in (s for s in between if s not in moved):
-        changes = names[model] in stored_names(statement) or f"{names[model]}.to(" in ast.unparse(statement)
-        if changes and not isinstance(statement, (ast.If, *FUNCTIONS)):
-            raise UserError(
-                f"line {statement.lineno} assigns {names[model]} or moves it with .to() after the script has "
-                f"made {optimizer}: it must do so before"
-            )
-        if changes and isinstance(statement, ast.If):
-            remarks.append(
-                f"if {ast.unparse(statement.test)[:60]}, the script changes {names[model]} after the plan is "
-                "applied, for which the plan was not made"
-            )
-    clip = _clip(place, update, arguments if user is not place.loop else None, statements[at:])
-    after = _after_norm(after, between, clip, {optimizer, names[model]})
+    remarks = _model_changes([s for s in between if s not in moved], names[model], optimizer)
     return LoopSetup(
         model=names[model],
         optimizer=optimizer,
@@ -436,6 +425,23 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
         is_global=user is not place.loop and statements is not source.tree.body and not is_of_self(optimizer),
         remarks=tuple(remarks),
     )
+
+
+def _model_changes(between: Statements, model: str, optimizer: str) -> Iterator[str]:
+    """Yield a remark for each ``if`` of ``between``, the statements from where the plan is applied to the
+    loop, that changes the model. Raises UserError for another statement that does."""
+    for statement in between:
+        changes = model in stored_names(statement) or f"{model}.to(" in ast.unparse(statement)
+        if changes and not isinstance(statement, (ast.If, *FUNCTIONS)):
+            raise UserError(
+                f"line {statement.lineno} assigns {model} or moves it with .to() after the script has made "
+                f"{optimizer}: it must do so before"
+            )
+        if changes and isinstance(statement, ast.If):
+            yield (
+                f"if {ast.unparse(statement.test)[:60]}, the script changes {model} after the plan is "
+                "applied, for which the plan was not made"
+            )
 
 
 def _attribute_of(place: LoopPlace, name: str) -> str:
@@ -470,9 +476,9 @@ def _moved(
     statements: Statements, after: ast.stmt | None, optimizer: str, made: set[str]
 ) -> tuple[ast.stmt, ...]:
     """Return those of ``statements`` that must move to behind the one that makes the optimizer: those up to
-    ``after`` that set the other variables ``made`` (GradScaler, model), if one before uses the optimizer, as
-    a learning-rate scheduler does, of which a plan may need another one. Raises UserError if they cannot be
-    moved, since they need what is set between."""
+    ``after`` that set the other variables ``made`` (GradScaler, model, norm of clipping), if one before uses
+    the optimizer, as a learning-rate scheduler does, of which a plan may need another one. Raises UserError
+    if they cannot be moved, since they need what is set between."""
     if after is None:
         return ()
     last = statements.index(after)
@@ -481,13 +487,13 @@ def _moved(
     user = next((s for s in between if optimizer in loaded_names(s)), None)
     if user is None:
         return ()
-    moved = tuple(s for s in statements[first + 1 : last + 1] if made & {*stored_names(s)})
-    defined = {n for s in statements[first + 1 : last] for n in _defined_names(s)}
-    if all(made >= {*stored_names(s)} and not defined & loaded_names(s) for s in moved):
+    moved = tuple(s for s in statements[first + 1 : last + 1] if made & _defined_names(s))
+    others = {n for s in statements[first + 1 : last] if s not in moved for n in _defined_names(s)}
+    if all(made >= _defined_names(s) and not others & loaded_names(s) for s in moved):
         return moved
     raise UserError(
-        f"line {user.lineno} uses {optimizer} before line {after.lineno}, after which the plan is applied, "
-        "which may replace the optimizer: put that line first"
+        f"line {user.lineno} uses {optimizer}, which the plan may replace, before line {after.lineno}, after "
+        f"which it is applied: move line {after.lineno} to before line {user.lineno}"
     )
 
 
@@ -512,24 +518,6 @@ def _must_be_made_once(source: Source, statements: Statements, at: int, optimize
             f"the script makes {optimizer} in a loop, but {model} before it: it must make both in the loop, "
             "or both before it"
         )
-
-
-def _after_norm(
-    after: ast.stmt | None, between: Statements, clip: str, used_names: set[str]
-) -> ast.stmt | None:
-    """Return the last of the statements ``between`` that defines a variable of the clipping norm ``clip``; if
-    there is none, ``after``. Raises UserError if a statement up to that one uses one of ``used_names``."""
-    clip_names = loaded_names(ast.parse(clip, mode="eval")) if clip else set[str]()
-    setting = [i for i, s in enumerate(between) if clip_names & _defined_names(s)]
-    if not setting:
-        return after
-    last = between[setting[-1]]
-    if any(used_names & loaded_names(s) for s in between[: setting[-1] + 1]):
-        raise UserError(
-            f"line {last.lineno} sets the norm to which the script clips gradients after it has made and "
-            "used the optimizer or the model: it must do so before"
-        )
-    return last
 
 
 def _scaler(
