@@ -463,8 +463,9 @@ def fake_patches(fake: FakeTensorMode) -> Iterator[None]:
     """Inside this context, patch torch so that a training step can run on tensors of the mode ``fake``. Among
     others, code that asks whether it is being traced takes its ordinary branch, torch.compile runs eagerly,
     modules on fake tensors can be copied and converted, and pin_memory does nothing. Torch does not log
-    failing operators, because the error itself says it in one line."""
+    failing operators, because the error itself says it in one line. The cache of the mode stays off."""
     failures = logging.getLogger("torch._subclasses.fake_tensor")
+    fake.cache_enabled = False  # its keys take longer than it saves: `operators.Results` keeps results
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(failures, "disabled", True))
         stack.enter_context(not_tracing())
