@@ -754,7 +754,10 @@ def build(out: Path) -> None:
         if file.relative_to(out).parts[0] not in STATIC:
             text = file.read_text(encoding="utf-8")
             up = os.path.relpath(out, file.parent)
-            page = file.relative_to(out).as_posix().removeprefix("ja/")
+            path = file.relative_to(out).as_posix()
+            page = path.removeprefix("ja/")
+            own_language = "en" if page == path else "ja"  # the calculator and the gallery are in both
+            text = re.sub(r"(https://static\.memfit\.invalid/[^\"?]*)", rf"\1?lang={own_language}", text)
             # The switch of languages keeps the page. Beside the targets of <link>, the theme wants a sitemap.
             for language, site in (("en", out), ("ja", out / "ja")):
                 if (site / page).is_file():

@@ -56,7 +56,7 @@ function read() {
   return { ...setting, batch: Number(el("batch").value), second: Number(el("second").value) };
 }
 function fromUrl() {
-  const given = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  const given = Object.fromEntries([location.search, location.hash].flatMap((part) => [...new URLSearchParams(part.slice(1))]));
   const model = FIXED ?? (FILE.models[given.model] ? given.model : Object.keys(FILE.models)[0]);
   const setting = { device: "H100-SXM", ...start(model) };
   for (const kind of CHOICES.slice(1)) if (optionsOf(kind).includes(given[kind])) setting[kind] = given[kind];

@@ -205,7 +205,6 @@ def test_options_that_the_help_of_estimate_names_for_no_command_are_refused_with
         ("doctor --into folder", "--into needs --install"),
         ("decide --size paper", "--size cannot be used without a stage"),
         ("decide --memory 3GiB --threads 2", "--memory, --threads cannot be used without a stage"),
-        ("decide --template --lang ja", "in English only"),
         ("decide --template --attended-minutes 3", "--attended-minutes cannot be used with --template"),
         ("decide --template --store s.sqlite3", "--store cannot be used with --template"),
         ("estimate protein-ss --dim crop=1 --dim crop=2", "--dim crop is given twice"),
@@ -263,6 +262,7 @@ def test_a_mistake_is_reported_in_one_line_with_exit_code_two(
 def test_the_template_of_a_case_is_one_json_object_with_json(ask: Ask) -> None:
     code, out, _ = ask("decide", "--template", "--json")
     assert (code, json.loads(out)["template"]) == (0, ask("decide", "--template")[1])
+    assert 'currency = "JPY"' in ask("decide", "--template", "--lang", "ja")[1]
 
 
 def test_a_mistake_with_json_is_also_reported_as_one_json_object(ask: Ask, pipeline: FakePipeline) -> None:

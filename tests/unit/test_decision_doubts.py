@@ -18,7 +18,7 @@ from report_fixture import RECOMMENDED, full_poc, offers
 from memfit import catalog
 from memfit.catalog import prices
 from memfit.decision import money
-from memfit.decision.case import TEMPLATE, DecisionCase, parse_case
+from memfit.decision.case import DecisionCase, case_template, parse_case
 from memfit.decision.decide import decide
 from memfit.decision.rollout_gates import Gates, TimeLimits
 from memfit.report.decision import decision_view
@@ -342,8 +342,9 @@ def test_the_largest_allowed_figures_give_finite_results() -> None:
     json.dumps(serialization.to_plain(made), allow_nan=False)
 
 
-def test_the_template_with_every_line_uncommented_is_a_valid_case() -> None:
-    lines = [line.removeprefix("# ") for line in TEMPLATE.splitlines()[3:]]
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_the_template_with_every_line_uncommented_is_a_valid_case(lang: str) -> None:
+    lines = [line.removeprefix("# ") for line in case_template(lang).splitlines()[3:]]
     text = (
         "\n".join(lines)
         .replace('currency = "USD"', 'currency = "JPY"')
@@ -363,8 +364,9 @@ def figures(model: type[pydantic.BaseModel]) -> dict[str, Any]:
     }
 
 
-def test_the_template_lists_exactly_the_figures_that_a_case_may_have() -> None:
-    lines = [line.removeprefix("# ") for line in TEMPLATE.splitlines()[3:]]
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_the_template_lists_exactly_the_figures_that_a_case_may_have(lang: str) -> None:
+    lines = [line.removeprefix("# ") for line in case_template(lang).splitlines()[3:]]
     template = tomllib.loads("\n".join(lines))
     listed: dict[str, Any] = {
         name: {key: {} for key in value} if isinstance(value, dict) else {}

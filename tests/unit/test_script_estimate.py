@@ -1577,6 +1577,7 @@ def test_accelerate_launch_is_read_with_its_settings(tmp_path: Path, monkeypatch
         ("python -c 'print(1)'", "with -c"),
         ("python", "names no script"),
         ("ls -l", "is no Python script"),
+        ("bash job.sbatch", "the line in it that starts the training"),
         ("no-such-command", "does not exist"),
         ("pyton train.py", "did you mean 'python'"),
         ("torchrun --nproc-per-node auto train.py", "auto is no number of processes"),

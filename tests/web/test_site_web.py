@@ -99,6 +99,16 @@ def test_a_reader_finds_a_symptom_by_searching_and_changes_the_language(browser:
     page.close()
 
 
+@pytest.mark.parametrize("language", build_site.LANGUAGES)
+def test_the_calculator_opens_in_the_language_of_the_page(browser: Any, address: str, language: str) -> None:
+    page = browser.new_page(locale="en-US" if language == "ja" else "ja-JP")  # the page decides, not this
+    page.goto(f"{address}/{'' if language == 'en' else 'ja/'}index.html")
+    page.locator("article a[href*='calculator']").click()
+    page.wait_for_url("**/calculator/index.html*")
+    assert page.evaluate("document.documentElement.lang") == language
+    page.close()
+
+
 def test_every_page_of_the_guides_is_in_the_summary_for_language_models(address: str) -> None:
     import urllib.request
 

@@ -129,7 +129,7 @@ def _of_executable(name: str, arguments: list[str]) -> Program:
 
 _ALLOWED = (
     "python, torchrun, accelerate launch, deepspeed, srun, or the name of a program written in Python, then "
-    "its arguments"
+    "its arguments; of a batch file or a shell script, the line in it that starts the training"
 )
 
 

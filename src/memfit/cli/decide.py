@@ -11,7 +11,7 @@ import typer
 from memfit.cli.gates import GateOptions, check_gates
 from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import EffortOptions, OutputOptions, RuntimeOptions, SearchOptions, StoreOptions
-from memfit.cli.output import check_language, console, emit, english_only, refuse_options, set_options
+from memfit.cli.output import check_language, console, emit, refuse_options, set_options
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class DecideOptions:
         typer.Option(
             "--template",
             help="Only print a case file to fill in, to standard output. It names every figure that can be "
-            "given. Of the other options, only --json can be given with it, and --lang ja only with --json.",
+            "given. Of the other options, only --lang and --json can be given with it.",
         ),
     ] = False
 
@@ -91,12 +91,12 @@ def decide(
                 "--store": store.store,
             },
             "cannot be used with --template",
-            allowed="--template alone or with --json",
+            allowed="--template alone, or with --lang and --json",
         )
-        english_only(output, "--template")
-        from memfit.decision.case import TEMPLATE
+        from memfit.decision.case import case_template
 
-        emit({"template": TEMPLATE}) if output.json else print(TEMPLATE, end="")
+        text = case_template(language_code)
+        emit({"template": text}) if output.json else print(text, end="")
         return
     quiet_libraries()
     from memfit.store import Store

@@ -504,9 +504,8 @@ class OutputOptions(JsonOptions):
         typer.Option(
             metavar="en|ja",
             help="Language of the result: en (English, the default) or ja (Japanese). Errors are in "
-            "English. Without --json, ja is refused by `memfit plan` with --largest or --diff, `memfit "
-            "estimate` with --lengths or --engines, and `memfit decide --template`, whose answers are in "
-            "English only.",
+            "English. Without --json, ja is refused by `memfit plan` with --largest or --diff and `memfit "
+            "estimate` with --lengths or --engines, whose answers are in English only.",
         ),
     ] = "en"
 

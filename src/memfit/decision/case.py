@@ -293,4 +293,8 @@ def term(name: str, figure: CaseFigure, unit: str) -> Term:
     )
 
 
-TEMPLATE = resources.files("memfit.decision").joinpath("case_template.toml").read_text(encoding="utf-8")
+def case_template(lang: str) -> str:
+    """Return the text of a case file in which every figure is named and commented out. ``lang``: "en" or
+    "ja", the language of the comments; the currency is USD or JPY."""
+    file = resources.files("memfit.decision").joinpath(f"case_template.{lang}.toml")
+    return file.read_text(encoding="utf-8")
