@@ -397,17 +397,25 @@ def enumerate_space(question: Question) -> list[dict[str, Any]]:
         except Exception as error:  # noqa: BLE001  a plan that cannot be traced cannot be recommended either
             rows.append((preference_key(plan), {"plan": plan.label, "error": str(error)[:120]}))
             continue
-        row = {
-            "plan": plan.label,
-            "techniques": [u.technique for u in plan.uses],
-            "need": needed_bytes(estimate, question.request.machine),
-            "host": host_holds(estimate, question.request.machine),
-            "value": value(estimate, question.space.goal),
-            "tensors": int(estimate.allocated_bytes.value),
-            "step_s": estimate.step_s.value if estimate.step_s else None,
-        }
-        rows.append((preference_key(plan, estimate.dependence), row))
+        rows.append((preference_key(plan, estimate.dependence), _row(estimate, question)))
     return [row for _, row in sorted(rows, key=lambda entry: entry[0])]
+
+
+def _row(estimate: Estimate, question: Question) -> dict[str, Any]:
+    return {
+        "plan": estimate.plan.label,
+        "techniques": [u.technique for u in estimate.plan.uses],
+        "need": needed_bytes(estimate, question.request.machine),
+        "host": host_holds(estimate, question.request.machine),
+        "value": value(estimate, question.space.goal),
+        "tensors": int(estimate.allocated_bytes.value),
+        "step_s": estimate.step_s.value if estimate.step_s else None,
+    }
+
+
+def _judged(rows: Sequence[Mapping[str, Any]], cap_bytes: int) -> list[dict[str, Any]]:
+    """Return the rows of plans that could be traced, each with whether it fits."""
+    return [{**r, "fits": r["host"] and r["need"] <= cap_bytes} for r in rows if "error" not in r]
 
 
 def cap_of(space: SmallSpace, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -431,7 +439,7 @@ def answer(question: Question, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
     space = question.space
     cap_bytes = cap_of(space, rows)
     request = dataclasses.replace(question.request, cap_bytes=cap_bytes)
-    rows = [{**r, "fits": r["host"] and r["need"] <= cap_bytes} for r in rows if "error" not in r]
+    rows = _judged(rows, cap_bytes)
     fitting = [r for r in rows if r["fits"]]
     band = EQUAL - 1 if question.in_grids or space.goal in ("smallest", "fewest") else CLOSE - 1
     best, lowest = best_by_rule(fitting, band), min(r["value"] for r in fitting)
@@ -448,6 +456,9 @@ def answer(question: Question, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
     winner = chosen.estimate
     reached = value(winner, space.goal)
     own = next((r["value"] for r in rows if r["plan"] == winner.plan.label), None)
+    plain = planning.result.baseline.estimate  # may be recommended even if its techniques are excluded
+    judged = [*(r for r in rows if r["plan"] != plain.plan.label)]
+    judged += _judged([_row(plain, question)], cap_bytes) if plain.traced else []
     return record | {
         **took,
         "recommended": winner.plan.label,
@@ -456,7 +467,7 @@ def answer(question: Question, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
         "differs": 0.0 if own is None else reached / own - 1,  # what the search says of it from its trace
         "considered": planning.result.considered,
         "traced": len(planning.predictor.traces),
-        "reasons": [{**dataclasses.asdict(r), **judge(r, winner, reached, rows)} for r in chosen.reasons],
+        "reasons": [{**dataclasses.asdict(r), **judge(r, winner, reached, judged)} for r in chosen.reasons],
     }
 
 

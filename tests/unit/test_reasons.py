@@ -25,7 +25,7 @@ from memfit.planner.request import Planning, Request
 from memfit.planner.search import build_result
 from memfit.planner.selection import Objective, within_bounds
 from memfit.planner.shortlist import counterfactuals, trace_until_one_fits
-from memfit.planner.sketch_errors import may_fit_under, sketch_errors
+from memfit.planner.sketch_errors import BestCaseEstimates, may_fit_under, sketch_errors
 from memfit.planner.technique_groups import best_of_groups
 from memfit.report.choices import search_view
 from memfit.report.quantities import sentence_text
@@ -76,7 +76,7 @@ TRACED = [
 CAP = Cap(bytes=40, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda of: ())
 
 
-def reasons(traced: Sequence[Estimate], *, hit_time_limit: bool = False) -> dict[str, Reason]:
+def reasons(traced: Sequence[Estimate]) -> dict[str, Reason]:
     found = build_result(
         traced,
         goal=Objective.FASTEST,
@@ -87,7 +87,6 @@ def reasons(traced: Sequence[Estimate], *, hit_time_limit: bool = False) -> dict
         inputs=ReasonInputs(
             lambda of: next(e for e in (*traced, *SKETCHES) if e.plan == of),
             sketches=SKETCHES,
-            hit_time_limit=hit_time_limit,
         ),
     )
     assert found.recommended is not None
@@ -128,14 +127,34 @@ def test_a_technique_with_a_sketch_that_may_fit_is_called_not_looked_at() -> Non
     )
 
 
-def test_after_a_time_limit_no_comparison_is_made_with_a_plan_whose_rivals_were_not_traced() -> None:
+def test_a_technique_is_not_called_slower_while_a_plan_with_it_that_may_be_better_is_not_traced() -> None:
     small = plan(MIXED, THIRDS, CHECKPOINTED)  # traced, because it needs the least memory
     traced = [*TRACED[:3], estimated(small, 20, 1.9)]
-    assert reasons(traced)["gradient-accumulation"].kind == "left_out_slower"
-    unfinished = reasons(traced, hit_time_limit=True)
-    assert unfinished["gradient-accumulation"] == Reason(
+    assert reasons(traced)["gradient-accumulation"] == Reason(
         kind=ReasonKind.LEFT_OUT_NOT_LOOKED_AT, technique="gradient-accumulation", plan_count=2
     )
+    # of half batches in bf16, and of thirds with 8-bit states, which the sketches call better than the winner
+    wanted = counterfactuals(SKETCHES, traced, traced[1], cap=CAP, goal=Objective.FASTEST, compares=False)
+    assert wanted == [plan(MIXED, THIRDS, LOW_BIT), plan(MIXED, HALVES)]
+    thirds = estimated(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)
+    compared = [*traced, TRACED[3], thirds]
+    assert reasons(compared)["gradient-accumulation"].kind == "left_out_slower"
+    assert not counterfactuals(SKETCHES, compared, traced[1], cap=CAP, goal=Objective.FASTEST, compares=False)
+
+
+def test_a_worse_plan_that_was_not_traced_changes_no_comparison() -> None:
+    rival, worse = estimated(plan(LOW_BIT), 38, 1.6), estimated(plan(LOW_BIT, HALVES), 37, 1.5, traced=False)
+    found = build_result(
+        [TRACED[1], TRACED[0], rival],
+        goal=Objective.FASTEST,
+        cap_bytes=40,
+        considered=4,
+        meets_limits=CAP.holds,
+        left_out=(),
+        inputs=ReasonInputs(lambda of: TRACED[0], sketches=[SKETCHES[1], worse]),
+    ).recommended
+    assert found is not None
+    assert [r.kind for r in found.reasons if r.technique == "adamw-8bit"] == ["left_out_slower"]
 
 
 def test_traced_plans_that_do_not_fit_are_no_proof_for_others_that_may() -> None:
@@ -147,11 +166,11 @@ def test_traced_plans_that_do_not_fit_are_no_proof_for_others_that_may() -> None
     [
         (
             "en",
-            "no plan with it fits (2 estimated); the smallest needs 41 B",
+            "no plan with it fits (2 estimated), not even ",
         ),
         (
             "ja",
-            "見積もった 2 件のプランは、いずれも上限に収まりません。最小でも 41 B が必要です",
+            "見積もった 2 件のプランは、いずれも上限に収まりません。小さなプラン（",
         ),
     ],
 )
@@ -402,3 +421,26 @@ def test_sharding_is_compared_on_several_ranks_only() -> None:
     traced = [*TRACED, estimated(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4), sharded]
     assert dict(best_of_groups(planned(traced, [], ranks=2)))["sharding"] == sharded.plan
     assert "sharding" not in dict(best_of_groups(planned(traced, [])))
+
+
+def test_on_many_devices_a_traced_plan_is_no_reason_while_one_that_may_be_better_is_not_traced() -> None:
+    slow = estimated(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)
+    better = estimated(plan(MIXED, HALVES), 39, 0.9)
+    known = [slow if e.plan == slow.plan else e for e in KNOWN]
+    told = told_of(FakePredictor(40), known, by_traces=True)
+    assert told["bf16-autocast"].kind == "left_out_not_looked_at"  # not slower
+    assert told["activation-checkpointing"].kind == "needed_not_looked_at"
+    assert traced_of(FakePredictor(40, [better]), known) == [better]
+    compared = [better if e.plan == better.plan else e for e in known]
+    assert not traced_of(FakePredictor(40, [better]), compared)
+
+
+def test_errors_of_sketches_are_taken_from_plans_that_divide_the_states_in_the_same_way() -> None:
+    sharded, other = use("fsdp2"), use("fsdp2", offload=True)
+    sketches = [
+        estimated(Plan(uses=uses, ranks=2), 40, 1.0, traced=False)
+        for uses in ((sharded, CHECKPOINTED), (other,), (sharded,))
+    ]
+    traces = [estimated(sketches[0].plan, 40, 1.1), estimated(sketches[1].plan, 60, 2.0)]
+    best_case = BestCaseEstimates(sketches, traces, CAP, Objective.FASTEST).of(sketches[2])
+    assert best_case == pytest.approx((1.1 * 0.9, 40 * 0.97))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from memfit.cost.host import host_line
 from memfit.planner.parallelism_grid import QUICK_BLOCKS
 from memfit.planner.plan_space import effect_then_size_key
-from memfit.planner.reasons import none_fits
+from memfit.planner.reasons import may_overturn, none_fits
 from memfit.planner.selection import Objective, best, by_goal, missed_bounds, score, within_bounds
 from memfit.planner.sketch_errors import may_fit_under
 from memfit.techniques.registry import short_label
@@ -48,8 +48,9 @@ def explain_techniques(
     if no other plan fits (see `is_comparable`). The kind of the reason says whether the plan is worse by more
     than 3 % (WITHOUT_WORSE, LEFT_OUT_SLOWER) or not (WITHOUT_AS_GOOD, LEFT_OUT_NOT_NEEDED).
 
-    If none of these plans fits, though some that were not traced may, their number is given
-    (NEEDED_NOT_LOOKED_AT, LEFT_OUT_NOT_LOOKED_AT). If none may, the reason is that of `none_fits`.
+    If none of these plans fits, or a plan that was not traced may change the comparison (`_overturning`), the
+    number of plans that may fit and were not traced is given (NEEDED_NOT_LOOKED_AT, LEFT_OUT_NOT_LOOKED_AT).
+    If none may fit, the reason is that of `none_fits`.
 
     ``known``: estimates by whole traces, and sketches. Those of plans that could not be traced do not count.
     """
@@ -70,14 +71,15 @@ def explain_techniques(
         if by_traces:
             rivals = [e for e in rivals if e.traced]
         rivals = [e for e in rivals if is_comparable(e, winner, goal)] or rivals
+        untraced = [e for e in alternatives if not e.traced and may_fit(e)]
+        if untraced and (not rivals or _overturning(predictor, untraced, rivals, winner, meets_limits)):
+            kind = ReasonKind.NEEDED_NOT_LOOKED_AT if has_technique else ReasonKind.LEFT_OUT_NOT_LOOKED_AT
+            yield Reason(kind=kind, technique=name, plan_count=len(untraced))
+            continue
         if not rivals:
-            if untraced_count := sum(not e.traced and may_fit(e) for e in alternatives):
-                kind = ReasonKind.NEEDED_NOT_LOOKED_AT if has_technique else ReasonKind.LEFT_OUT_NOT_LOOKED_AT
-                yield Reason(kind=kind, technique=name, plan_count=untraced_count)
-            else:
-                yield none_fits(
-                    name, expected, predictor.needs, predictor.request.cap.bytes, winner_has_it=has_technique
-                )
+            yield none_fits(
+                name, expected, predictor.needs, predictor.request.cap.bytes, winner_has_it=has_technique
+            )
             continue
         rival = min(rivals, key=lambda e: (relative(e), effect_then_size_key(e.plan, e.dependence)))
         is_worse = relative(rival) > 1 + _GAIN
@@ -108,11 +110,11 @@ def trace_for_reasons(
     """Trace plans on which the reasons of `explain_techniques` rest, and yield their estimates.
 
     For a technique of the winner, they are plans of ``known`` without it; for any other technique of
-    ``known``, plans with it; the techniques in the order of their names. Nothing is traced for a technique if
-    such a plan was traced and fits. Else at most three are traced, until one fits: the best one by the goal
-    whose sketch (its estimate before) fits, then those that need the least device memory. Plans that cannot
-    fit, by the errors of the sketches seen so far, are traced only if none was, and plans that cannot be
-    traced are skipped.
+    ``known``, plans with it; the techniques in the order of their names. At most three are traced for each,
+    until one fits and no other may change how the winner compares with it (`_overturning`): the best one by
+    the goal whose sketch (its estimate before) fits, then those that need the least device memory, and once
+    one fits, the best of those others. Plans that cannot fit, by the errors of the sketches seen so far, are
+    traced only if none was, and plans that cannot be traced are skipped.
 
     ``quick``: whether traces are quick. If not, nothing is traced for a technique if a sketch fits, and at
     most two plans are otherwise. Raises TimeUp if a trace would have to be made after the deadline.
@@ -123,16 +125,19 @@ def trace_for_reasons(
         for attempt in range(_TRIES if quick else _LONG_TRIES):
             estimates = [traced.get(e.plan, e) for e in alternatives if e.plan not in refused]
             fitting = [e for e in estimates if meets_limits(e)]
-            if any(e.traced for e in fitting) or (fitting and not quick):
+            if fitting and not quick:
                 break
             untraced = [e for e in estimates if not e.traced]
             possible = list(filter(_may_fit(predictor), untraced))
-            if quick and len(untraced) == len(estimates):
-                possible = possible or untraced  # the smallest, so that the reason rests on a trace
+            if rivals := [e for e in fitting if e.traced]:
+                possible = fitting = _overturning(predictor, possible, rivals, winner, meets_limits)
+            else:
+                if quick and len(untraced) == len(estimates):
+                    possible = possible or untraced  # the smallest, so that the reason rests on a trace
+                fitting = [e for e in possible if meets_limits(e)] if attempt == 0 else []
             if not possible:
                 break
-            fitting = [e for e in possible if meets_limits(e)]
-            if attempt == 0 and fitting:
+            if fitting:
                 chosen = min(
                     fitting, key=lambda e: (score(e, predictor.request.goal), effect_then_size_key(e.plan))
                 )
@@ -144,6 +149,22 @@ def trace_for_reasons(
             else:
                 traced[chosen.plan] = trace
                 yield trace
+
+
+def _overturning(
+    predictor: MultiDevicePredictor,
+    untraced: Sequence[Estimate],
+    rivals: Sequence[Estimate],
+    winner: Estimate,
+    meets_limits: Callable[[Estimate], bool],
+) -> list[Estimate]:
+    """Return the sketches of ``untraced`` that meet the limits and may change how the winner compares with
+    the best of the ``rivals`` (`may_overturn`), as far as sketches of their kind were off."""
+    expected = {e.plan: predictor.expected(e) for e in untraced}
+    fitting = [e for e in expected.values() if meets_limits(e)]
+    overturning = may_overturn(fitting, rivals, winner, (), predictor.request.goal)
+    plans = {e.plan for e in overturning}
+    return [e for e in untraced if e.plan in plans]
 
 
 def trace_before_nothing_fits(

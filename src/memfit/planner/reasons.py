@@ -26,8 +26,7 @@ class ReasonInputs:
     parallel. ``needs`` returns the bytes of an estimate that are compared with the cap. ``sketches``: the
     estimates of all searched plans that were composed from traces of parts. ``may_fit_by_traces``, called
     with all traced estimates, returns a function that tells whether the plan of a sketch may fit when it is
-    traced; None: it may if its sketch fits. ``hit_time_limit``: whether the time limit ended the search, so
-    that the best plan with a technique may not have been traced.
+    traced; None: it may if its sketch fits.
     """
 
     whole: Callable[[Plan], Estimate]
@@ -36,7 +35,6 @@ class ReasonInputs:
     needs: Callable[[Estimate], int] = lambda e: int(e.allocated_bytes.value)
     sketches: Sequence[Estimate] = ()
     may_fit_by_traces: Callable[[Sequence[Estimate]], Callable[[Estimate], bool]] | None = None
-    hit_time_limit: bool = False
 
 
 def reasons_for(
@@ -107,8 +105,7 @@ def _left_out_reasons(
     of the sketches has. It is the first of these that applies:
 
     - If a traced plan with the technique meets the limits, the winner is compared with the best of these by
-      the goal (`_comparison_reason`). This is left out if the time limit ended the search and an untraced
-      plan with the technique that may fit has a better sketch than all of these.
+      the goal (`_comparison_reason`), unless an untraced plan with it may change that (`may_overturn`).
     - If plans with it may fit that were not traced, their number is given (LEFT_OUT_NOT_LOOKED_AT).
     - No plan with it fits (`none_fits`).
     """
@@ -120,7 +117,7 @@ def _left_out_reasons(
         rivals = [e for e in traced if meets_limits(e)]
         sketched = [e for e in inputs.sketches if e.plan.get(name) and e.plan not in traced_plans]
         possible = list(filter(may_fit, sketched))
-        if rivals and not (inputs.hit_time_limit and _has_better(possible, rivals, inputs.sketches, goal)):
+        if rivals and not may_overturn(possible, rivals, winner, inputs.sketches, goal):
             reasons.append(
                 _comparison_reason(winner, min(rivals, key=lambda e: by_goal(e, goal)), name, goal)
             )
@@ -133,14 +130,28 @@ def _left_out_reasons(
     return tuple(reasons)
 
 
-def _has_better(
-    untraced: Sequence[Estimate], traced: Sequence[Estimate], sketches: Sequence[Estimate], goal: Objective
-) -> bool:
-    """Return whether the sketch (the estimate from traces of parts) of an ``untraced`` plan is better by the
-    goal than those of all ``traced`` plans. A traced plan without a sketch counts by its trace."""
+def may_overturn(
+    untraced: Sequence[Estimate],
+    traced: Sequence[Estimate],
+    winner: Estimate,
+    sketches: Sequence[Estimate],
+    goal: Objective,
+) -> list[Estimate]:
+    """Return the sketches (estimates from traces of parts) of ``untraced`` that are better by the goal than
+    those of all ``traced`` plans and say something else of the winner: that a plan is as good as it, or
+    better. A comparison with the best traced plan may then be false. A traced plan without a sketch counts by
+    its trace."""
     scores = {e.plan: score(e, goal) for e in sketches}
-    best_traced = min(scores.get(e.plan, score(e, goal)) for e in traced)
-    return any(score(e, goal) < best_traced for e in untraced)
+    best_traced, winners = (
+        min(scores.get(e.plan, score(e, goal)) for e in estimates) for estimates in (traced, [winner])
+    )
+    same = _comparison(best_traced / winners if winners else 1.0)
+    return [
+        e
+        for e in untraced
+        if score(e, goal) < best_traced
+        and (same is ReasonKind.LEFT_OUT_UNCERTAIN or _comparison(score(e, goal) / winners) is not same)
+    ]
 
 
 def missing_techniques(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:
@@ -190,13 +201,7 @@ def _comparison_reason(winner: Estimate, rival: Estimate, name: str, goal: Objec
     rival's is lower by more. A rival of the last kind was not recommended because the difference is less than
     the error of predicted times.
     """
-    ratio = score(rival, goal) / score(winner, goal) if score(winner, goal) else 1.0
-    if ratio > 1 + TIE_RATIO:
-        kind = ReasonKind.LEFT_OUT_SLOWER
-    elif ratio < 1 / (1 + TIE_RATIO):
-        kind = ReasonKind.LEFT_OUT_UNCERTAIN
-    else:
-        kind = ReasonKind.LEFT_OUT_NOT_NEEDED
+    kind = _comparison(score(rival, goal) / score(winner, goal) if score(winner, goal) else 1.0)
     return Reason(
         kind=kind,
         technique=name,
@@ -204,3 +209,10 @@ def _comparison_reason(winner: Estimate, rival: Estimate, name: str, goal: Objec
         time_ratio=_ratio(rival, winner),
         detail=rival.plan.label,
     )
+
+
+def _comparison(ratio: float) -> ReasonKind:
+    """Return what the ratio of a plan's score to the winner's says of the technique that only it has."""
+    if ratio > 1 + TIE_RATIO:
+        return ReasonKind.LEFT_OUT_SLOWER
+    return ReasonKind.LEFT_OUT_UNCERTAIN if ratio < 1 / (1 + TIE_RATIO) else ReasonKind.LEFT_OUT_NOT_NEEDED

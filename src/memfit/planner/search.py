@@ -292,7 +292,6 @@ def _reason_inputs(
         cap.needs,
         sketches,
         lambda traced: may_fit_under(cap, request.bounds, sketches, traced),
-        hit_time_limit=predictor.deadline.hit_time_limit,
     )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from memfit.planner.capacity import Cap
-from memfit.planner.reasons import missing_techniques
+from memfit.planner.reasons import may_overturn, missing_techniques
 from memfit.planner.selection import (
     Objective,
     frontier,
@@ -183,24 +183,25 @@ def counterfactuals(
     has and the winner lacks, so that the reason for leaving it out rests on a trace. Plans that were traced
     already are left out.
 
-    For each technique they are, of the plans with it: the best by the goal that may fit (`may_fit_under`), if
-    ``compares`` or no traced plan with it fits; and, if none fits, the one that needs the least device memory
-    of those that may fit, or of all if none was traced. Empty for a technique if a traced plan with it fits
-    and ``compares`` is False, or if no other plan with it may fit.
+    For each technique they are, of the plans with it: the best by the goal that may fit (`may_fit_under`);
+    and, if no traced plan fits, the one that needs the least device memory of those that may fit, or of all
+    if none was traced. If a traced plan with it fits and ``compares`` is False, only plans that may change
+    what is said of the technique count (`may_overturn`).
     """
     traced_plans = {e.plan for e in traced}
-    may_fit = may_fit_under(cap, bounds or Bounds(), sketches, traced)
+    limits = bounds or Bounds()
+    may_fit = may_fit_under(cap, limits, sketches, traced)
     plans_to_trace: list[Plan] = []
     for name in missing_techniques(winner, sketches):
         traced_rivals = [e for e in traced if e.plan.get(name)]
         untraced = [e for e in sketches if e.plan.get(name) and e.plan not in traced_plans]
         candidates = lowest_score_first(filter(may_fit, untraced), goal)
-        has_fitting = any(map(cap.holds, traced_rivals))
-        if has_fitting and not compares:
-            continue
+        fitting = [e for e in traced_rivals if cap.holds(e) and within_bounds(limits, e)]
+        if fitting and not compares:
+            candidates = may_overturn(candidates, fitting, winner, sketches, goal)
         smallest = candidates if traced_rivals else untraced
         plans_to_trace += [e.plan for e in candidates[:1]]
-        if not has_fitting and smallest:
+        if not fitting and smallest:
             plans_to_trace.append(min(smallest, key=lambda e: (cap.needs(e), e.plan.fingerprint)).plan)
     return list(dict.fromkeys(plans_to_trace))
 

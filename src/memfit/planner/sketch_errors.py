@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from memfit.planner.capacity import Cap
+from memfit.planner.plan_kinds import kind
 from memfit.planner.selection import Objective, score, within_bounds
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Estimate
@@ -78,7 +79,8 @@ class BestCaseEstimates:
 
     Errors of sketches depend on the techniques: a ratio of trace to sketch is taken to hold for a plan with
     the same techniques, and to be up to 10 % lower in time and 3 % lower in memory for each technique that
-    only one of the two plans has; a technique with other settings counts half.
+    only one of the two plans has; a technique with other settings counts half. Plans of the same kind (see
+    `kind`) are more alike than any others.
     """
 
     def __init__(
@@ -95,9 +97,13 @@ class BestCaseEstimates:
     def of(self, sketch: Estimate) -> tuple[float, float]:
         """Return (the lowest score by the goal, the least bytes of a device) that the trace of the sketch's
         plan may show: those of the sketch if no plan was both sketched and traced."""
-        distance, score_ratio, need_ratio = min(
-            ((_distance(sketch.plan, plan), *ratios) for plan, *ratios in self._ratios),
-            default=(0.0, 1.0, 1.0),
+        sketched_kind = kind(sketch.plan)
+        _, distance, score_ratio, need_ratio = min(
+            (
+                (kind(plan) != sketched_kind, _distance(sketch.plan, plan), *ratios)
+                for plan, *ratios in self._ratios
+            ),
+            default=(False, 0.0, 1.0, 1.0),
         )
         need = self.cap.needs(sketch) * need_ratio * _MEMORY_OPTIMISM**distance
         if self.goal is Objective.FEWEST:  # the number of devices is known
