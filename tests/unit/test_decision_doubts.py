@@ -200,7 +200,7 @@ def test_a_machine_that_fits_only_the_expected_memory_is_likely_and_not_proposed
     low, mode, high = (x * 24.7 * GIB for x in (0.8, 0.93, 1.0))
     inside = 1 - (high - here.usable_bytes) ** 2 / ((high - low) * (high - mode))
     assert here.fit_percent == pytest.approx(100 * inside)
-    assert card(view, "fits").startswith("It probably fits")
+    assert card(view, "fits").startswith("The training probably fits RTX-4090")
     assert "Yes" not in card(view, "fits")
     assert not [w for w in made.ways if w.of_catalog and w.machine == "RTX-4090"]
     made, view = seen(CARD, **tight(23.0))
@@ -277,8 +277,9 @@ def test_operating_load_counts_as_evaluated_only_with_known_attended_minutes() -
     effort = full_poc().effort
     for minutes, whole in ((None, False), (12.0, True)):
         _, view = seen(CARD, effort=dataclasses.replace(effort, attended_minutes=minutes))
-        assert ("both were evaluated" in phrases(view)) is whole
+        assert ("were both evaluated" in phrases(view)) is whole
         assert ("operating load only in part" in phrases(view)) is not whole
+        assert "main risk" not in phrases(view)  # the register ranks them
 
 
 def test_maturity_risk_lists_the_libraries_that_the_plan_needs() -> None:

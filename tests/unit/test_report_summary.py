@@ -36,8 +36,8 @@ def test_the_sentence_says_what_fits_and_what_the_test_showed() -> None:
         "246.1 MiB, and Q3 stayed within the margin fixed beforehand."
     )
     assert sentence_text(summary(full_poc(), None).sentence, JA) == (
-        "1.282 GiB を要し 328 MiB には収まらない学習が、推奨プランでは 246.1 MiB で実行でき、Q3 の差も事前に"
-        "定めた許容範囲に収まりました。"
+        "通常は 1.282 GiB を要し、328 MiB に収まらない学習を、推奨プランでは 246.1 MiB で実行でき、Q3 の差も"
+        "事前に定めた許容範囲に収まりました。"
     )
 
 

@@ -15,7 +15,7 @@ from memfit.report.decision_phrases import (
     costs_more,
     fit_phrase,
     headline,
-    main_risks,
+    evaluated_risks,
     pilot_cost_phrase,
     stages_phrase,
     way_back,
@@ -405,7 +405,7 @@ def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     failed_gate = _failed_gate(view)
     yield cost_phrase(poc, view, failed_gate)
     yield stages_phrase(view, failed_gate)
-    yield from main_risks(poc, view)
+    yield from evaluated_risks(poc, view)
     plan = poc.search.recommended.estimate.plan if poc.search.recommended else None
     used_engine = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
     for name in (e for e in ENGINES if e != replay.ENGINE.name):

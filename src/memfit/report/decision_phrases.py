@@ -165,7 +165,7 @@ def way_back(view: DecisionView, row: StageRow) -> Sentence:
     return Sentence(key=f"back.{row.stage.back}", values=values)
 
 
-def main_risks(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
+def evaluated_risks(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     """Yield one sentence on the risks "load" (operating load) and "reproducibility": the evidence on both,
     and which of the two were evaluated. Yield nothing unless the decision has both risks.
 
