@@ -13,9 +13,9 @@ from memfit.report.answer import answer
 from memfit.report.decision_phrases import (
     cost_phrase,
     costs_more,
+    evaluated_risks,
     fit_phrase,
     headline,
-    evaluated_risks,
     pilot_cost_phrase,
     stages_phrase,
     way_back,
