@@ -213,7 +213,6 @@ class _Trials:
                 may_fit_by_traces=lambda traced: may_fit_under(
                     cap, request.bounds, planning.sketches, traced
                 ),
-                hit_time_limit=result.extent is not None and result.extent.time_up,
             ),
             planning.cap_bytes,
         )
