@@ -784,6 +784,19 @@ def test_a_jump_that_stays_in_a_step_or_comes_before_or_after_it_is_no_reason() 
     assert edit.diff, edit.reason
 
 
+def test_the_edit_says_what_a_saved_state_holds_under_the_plan() -> None:
+    saves = PLAIN + "torch.save(model.state_dict(), 'model.pt')\n"
+    line = f"line {saves.count(chr(10))}"
+    remarks = diff(saves, {"bf16-parameters": {}}).remarks
+    assert [r for r in remarks if "state_dict() is in bf16" in r and r.endswith(line)]
+    imports = (
+        "from torch.distributed import init_process_group\nfrom torch.utils.data import DistributedSampler\n"
+    )
+    ranks = saves.replace("import torch\n", "import torch\n" + imports, 1)
+    assert any("parts of one rank only" in r for r in diff(ranks, {"fsdp2": {}}, ranks=2).remarks)
+    assert not any("state_dict" in r for r in diff(PLAIN, {"bf16-parameters": {}}).remarks)
+
+
 def test_a_plan_of_several_ranks_needs_a_script_of_several_ranks() -> None:
     edit = diff(PLAIN, {"ddp": {}}, ranks=2)
     assert "both init_process_group and DistributedSampler" in edit.reason

@@ -233,10 +233,24 @@ def _remarks(source: Source, loop: Loop, plan: Plan, samples: int) -> Iterator[s
         )
     if "gradient-accumulation" in plan:
         yield from _accumulation_remarks(loop)
+    yield from _saving_remarks(source, plan)
     if plan.ranks > 1:
         yield f"start it with torchrun --nproc-per-node {plan.ranks}"
     if _needs_example(plan):
         yield "the plan looks at a run of the model on an example batch; give loss= if the model has none"
+
+
+def _saving_remarks(source: Source, plan: Plan) -> Iterator[str]:
+    """Yield what else is in the state dicts that the script saves or loads under the plan."""
+    calls = (n for n in ast.walk(source.tree) if isinstance(n, ast.Call))
+    lines = sorted({n.lineno for n in calls if name_of(n.func) in {"state_dict", "load_state_dict"}})
+    if lines and "fsdp2" in plan:
+        yield (
+            "under fsdp2, a state_dict() holds the parts of one rank only: save and load on all ranks, by "
+            f"torch.distributed.checkpoint: {number_lines(lines)}"
+        )
+    if lines and "bf16-parameters" in plan:
+        yield f"with bf16-parameters, the model's state_dict() is in bf16: {number_lines(lines)}"
 
 
 def _accumulation_remarks(loop: Loop) -> Iterator[str]:
