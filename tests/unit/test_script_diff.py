@@ -465,6 +465,16 @@ def test_a_loop_in_a_class_of_the_users_own_trains_the_same(name: str, tmp_path:
     assert last == pytest.approx(output(text, tmp_path)[-1], rel=1e-4)
 
 
+def test_a_teacher_before_the_model_is_run_for_each_micro_batch(tmp_path: Path) -> None:
+    text = PLAIN.replace(
+        "        # forward\n", "        with torch.no_grad():\n            soft = teacher(x).softmax(-1)\n"
+    ).replace("F.cross_entropy(out, y)", "F.cross_entropy(out, y) + F.cross_entropy(out, soft)")
+    text = text.replace("data = torch", "teacher = nn.Linear(16, 4).requires_grad_(False)\ndata = torch")
+    edited = patched(text, diff(text, {"gradient-accumulation": {"micro_batches": 4}}, batch=16), tmp_path)
+    assert edited.index("fit.split((x, y))") < edited.index("soft = teacher(x)")
+    assert output(edited, tmp_path) == pytest.approx(output(text, tmp_path), rel=1e-6)
+
+
 def test_a_scaler_that_is_made_after_a_scheduler_moves_before_it(tmp_path: Path) -> None:
     text = SCALED.replace(
         "scaler = torch", "schedule = torch.optim.lr_scheduler.StepLR(opt, 2)\nscaler = torch"

@@ -220,6 +220,12 @@ class _Session:
                 workers=trace.workers,
                 other_bytes=trace.other_bytes,
             )
+            if trace.calls.is_later:
+                note = (
+                    "plans run what the step calls before the trained model, such as a teacher, for each "
+                    "micro-batch, too: in a loop with memfit.apply it belongs inside fit.split"
+                )
+                answer = dataclasses.replace(answer, notes=(*answer.notes, note))
             job = dataclasses.replace(job, largest_batch_ratio=self.largest_batch_ratio)
             add_job(name, job)
             own = Plan()

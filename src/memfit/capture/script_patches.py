@@ -57,7 +57,7 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.nn.TransformerEncoderLayer, "forward", _encoder_layer_forward(trace)),
             (torch.nn.Module, "_apply", _apply_in_place),
             (torch.autograd, "backward", _backward(trace, torch.autograd.backward)),
-            (torch.autograd, "grad", _backward(trace, torch.autograd.grad)),
+            (torch.autograd, "grad", _gradient(trace, torch.autograd.grad)),
             (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
             (torch.nn.utils, "clip_grad_norm_", _clipping(trace)),
             (torch.optim.Optimizer, "__init__", _optimizer_init(trace)),
@@ -105,15 +105,17 @@ class LoopFunctions(torch.overrides.TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if not self.trace.inside:
             self.trace.note_loop_result(out)
-        is_noted = self.trace.begun and not self.trace.inside and not self.trace.calls.done
+        calls = self.trace.calls
+        is_early = calls.is_waiting or not self.trace.begun
+        is_noted = not (is_early or self.trace.inside or calls.done)
         has_results = not self.trace.inside and has_fakes((args, kwargs)) and bool(batch_tensors(out))
         if is_noted and has_results:
-            self.trace.calls.note_call(func, args, kwargs or {}, out)
-        elif not self.trace.begun and has_results:
+            calls.note_call(func, args, kwargs or {}, out)
+        elif is_early and has_results:
             is_weight = any(isinstance(t, torch.nn.Parameter) for t in _pytree.tree_leaves((args, kwargs)))
-            self.trace.calls.note_early_call((args, kwargs), out, has_weights=is_weight)
+            calls.note_early_call((args, kwargs), out, has_weights=is_weight)
         elif is_noted and func in _SHAPING and is_real(out):
-            self.trace.calls.note_reshape(func, args, kwargs or {}, out)
+            calls.note_reshape(func, args, kwargs or {}, out)
         return out
 
 
@@ -279,6 +281,16 @@ def _backward(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., An
         return trace.backward(inner, args, kwargs)
 
     return backward
+
+
+def _gradient(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def grad(*args: Any, **kwargs: Any) -> Any:
+        if trace.inside or not has_fakes((args, kwargs)):
+            return inner(*args, **kwargs)
+        return trace.gradient(inner, args, kwargs)
+
+    return grad
 
 
 def _optimizer_init(trace: ScriptTrace) -> Callable[..., None]:

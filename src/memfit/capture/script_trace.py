@@ -474,6 +474,20 @@ class ScriptTrace:
                 self._close_update()
         return out
 
+    def gradient(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run ``call``, which is ``torch.autograd.grad``, with its arguments, record it, and return its
+        result. It is a backward pass if it takes gradients of trained tensors, and no graph of them.
+        Otherwise it is a part of the forward pass, such as forces or a gradient penalty."""
+        inputs = _pytree.tree_leaves(args[1] if len(args) > 1 else kwargs.get("inputs"))
+        trained = {id(tensor) for _, tensor in self._trained_tensors()}
+        is_last = not (kwargs.get("create_graph") or (len(args) > 4 and args[4]))
+        if self.evaluation is not None or (is_last and all(id(tensor) in trained for tensor in inputs)):
+            return self.backward(call, args, kwargs)
+        if self.begun:
+            self.calls.note_gradient()
+        with self.region():
+            return call(*self.as_fake(args), **self.as_fake(kwargs))
+
     def _close_backward(self) -> None:
         for owner, param in self._trained_tensors():
             if param.grad is not None:
@@ -504,6 +518,8 @@ class ScriptTrace:
             self.accumulated, self.micro_batches, self.forwards = max(1, self.micro_batches), 0, 0
             if self.cycle.has_begun_anew:  # plans are for the training that has begun
                 self.calls, self._items = StepCalls(self._note_item), {}
+            elif self.calls.needs_calls_before:
+                self.calls, self._items = StepCalls(self._note_item, is_waiting=True), {}
             self._close_step(is_over=self.cycle.is_over)
 
     def _close_step(self, *, is_over: bool) -> None:
@@ -513,7 +529,8 @@ class ScriptTrace:
         self.kept.close_step()
         self.other_bytes = self._other_bytes()
         self.batches.close_step(has_begun_anew=self.cycle.has_begun_anew)
-        if is_over and self.evaluation is None and not (self.kept.needs_steps or self.batches.needs_steps):
+        needs_steps = self.kept.needs_steps or self.batches.needs_steps or self.calls.needs_steps
+        if is_over and self.evaluation is None and not needs_steps:
             self.on_traced()
         self.recorder.next_step()
 

@@ -97,11 +97,19 @@ class StepCalls:
 
     ``on_item`` is called with each tensor of the script that is a part of the job's batch.
     ``problem``: why no job can be made of them, or "". ``micro_batch``: copies of the real tensors, and of
-    the objects that hold them, that the calls take.
+    the objects that hold them, that the calls take. ``needs_calls_before``: the problem is a result of a
+    module that ran before the model, such as a teacher: of the calls of the next step, from that of its first
+    module, a job may be made. ``is_later``: these calls are recorded. ``is_waiting``: that module
+    has not been called yet, and nothing is recorded.
     """
 
-    def __init__(self, on_item: Callable[[Any], None] = lambda tensor: None) -> None:
+    def __init__(
+        self, on_item: Callable[[Any], None] = lambda tensor: None, *, is_waiting: bool = False
+    ) -> None:
         self.on_item = on_item
+        self.is_waiting = is_waiting
+        self.is_later = is_waiting
+        self.needs_calls_before = False
         self.model: torch.nn.Module | None = None
         self.micro_batch: list[Any] = []
         self.problem = ""
@@ -158,6 +166,7 @@ class StepCalls:
             self._kept_until_next = set(self._outputs.values())
         if self.done or self.problem:
             return
+        self.is_waiting = False
         if model is not None and self.model is None:
             self.model = model
         elif model is not None and not self._enclose(model):
@@ -179,6 +188,11 @@ class StepCalls:
             self._outputs[tensor] = _Output(len(self._calls), index)
         self._calls.append(call)
 
+    @property
+    def needs_steps(self) -> bool:
+        """Whether a further step must show what the loop keeps of a recorded one that was not the first."""
+        return self.is_later and self.done and not self.problem and self._kept_until_next is None
+
     def note_loss(self, loss: Any) -> None:
         """Record the tensor from which backward starts; what follows is not recorded."""
         if self.done:
@@ -187,6 +201,14 @@ class StepCalls:
         self._loss = self._outputs.get(loss) if isinstance(loss, torch.Tensor) else None
         if self._loss is None and not self.problem:
             self.problem = "the loss is made by operators that memfit does not see in the script's loop"
+
+    def note_gradient(self) -> None:
+        """Note that the forward pass takes a gradient, as of an input, which is a ``problem``."""
+        if not (self.done or self.problem):
+            place = user_line()
+            self.problem = (
+                f"the step takes a gradient{f' in {place}' if place else ''} before its backward pass"
+            )
 
     def note_kept_in_backward(self) -> None:
         """Note what the loop's variables keep of the recorded calls at the end of the first backward pass,
@@ -215,7 +237,10 @@ class StepCalls:
                 self._calls.append(call)
                 return self._outputs[value]
             if is_real(value):
-                return self._item(value)
+                if not value.requires_grad:
+                    return self._item(value)
+                self._note_leaf()
+                return None
             return self._attribute(value) or self._made_item(value)
         if batch_tensors(value):
             if _is_packed(value):  # its batch sizes must be a tensor, and no stand-in
@@ -265,13 +290,21 @@ class StepCalls:
         return None."""
         if type(value) is FakeTensor and not (value.requires_grad or hasattr(value, _FROM_WEIGHTS)):
             return self._item(value, _with_values(value))
+        if value.requires_grad and value.is_leaf and not hasattr(value, _FROM_WEIGHTS):
+            self._note_leaf()
+            return None
         place = user_line()
         used = f"the step uses{f' in {place}' if place else ''}"
-        if value.requires_grad and value.is_leaf and not hasattr(value, _FROM_WEIGHTS):
-            self.problem = f"{used} a tensor that requires gradients and is no parameter of the model"
-        else:
-            self.problem = f"{used} a tensor that was computed from weights before its forward pass"
+        self.problem = f"{used} a tensor that was computed from weights before its forward pass"
+        self.needs_calls_before = not self.is_later
         return None
+
+    def _note_leaf(self) -> None:
+        place = user_line()
+        self.problem = (
+            f"the step uses{f' in {place}' if place else ''} a tensor that requires gradients and is no "
+            "parameter of the model"
+        )
 
     def _attribute(self, value: torch.Tensor) -> _Attribute | None:
         """Return what stands for a tensor that a module of the model holds, else None."""

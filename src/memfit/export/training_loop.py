@@ -103,6 +103,7 @@ def find_loop(source: Source, plan: Plan) -> Loop:
     forward = next((i for i, s in enumerate(place.body[: place.index]) if calls(s, callers)), None)
     if forward is None:
         raise UserError(f"in the loop, no statement before backward calls the model {model}")
+    forward = next((i for i, s in enumerate(place.body[:forward]) if _has_no_gradients(s)), forward)
     if any(_spans_text(s) for s in place.body[forward : place.index]):
         raise UserError(
             "the forward pass, which the edit indents, contains a string literal of several lines, which "
@@ -273,6 +274,16 @@ def calls(statement: ast.stmt, names: set[str]) -> bool:
             if any(isinstance(a, ast.Name) and a.id in names for a in node.args):
                 return True  # such as compute_loss(model, batch)
     return False
+
+
+def _has_no_gradients(statement: ast.stmt) -> bool:
+    """Return whether the statement is ``with torch.no_grad():`` or the like. Before the model's call, what it
+    runs, such as a teacher, is a part of the forward pass."""
+    return isinstance(statement, ast.With) and any(
+        isinstance(n, ast.expr) and name_of(n) in _NO_GRADIENTS
+        for item in statement.items
+        for n in ast.walk(item.context_expr)
+    )
 
 
 def _spans_text(statement: ast.stmt) -> bool:
