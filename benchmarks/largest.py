@@ -270,7 +270,7 @@ def _measured_section(records: list[dict[str, Any]]) -> list[str]:
         "",
         "## The same questions with --measure",
         "",
-        "memfit runs values under the cap itself, three steps each, at most 14 runs, of which three are of",
+        "memfit runs values under the cap itself, three steps each, at most 16 runs, of which three are of",
         "the largest that runs and three of the next one, which runs out of memory. Values between the two",
         f"did either. Afterwards, the two were each run {REPEATS} times more.",
         "",

@@ -824,7 +824,7 @@ def largest(  # noqa: PLR0913
     margin.
 
     With ``measure``, numbers are also trained for three steps each in forked copies of this process, under a
-    hard cap of ``memory``, in at most 14 runs: ``value`` is then the largest that ran, three times if the
+    hard cap of ``memory``, in at most 16 runs: ``value`` is then the largest that ran, three times if the
     runs suffice, and ``measured`` also has the next one, a step or 0.1 % larger, which ran out of memory each
     time.
     ``measure`` needs Linux, this machine's CPU as ``machine``, a plan with one rank, and ``memory``. Raises

@@ -39,7 +39,7 @@ class LargestOptions:
             "which does not fit; a remark says if there is none, as when the job refuses it. Without "
             "--memory: what is free now of the memory of this machine's GPU; otherwise all memory of the "
             "device. With --measure, values are also trained on this machine for three steps each under a "
-            "hard cap of that size, in at most 14 runs for each answer, until the largest has run three "
+            "hard cap of that size, in at most 16 runs for each answer, until the largest has run three "
             "times and the next, a step or 0.1 % larger, has run out of memory three times. If nothing fits, "
             "the exit code is 3. Not with --from, --diff, --save, --corrected-by, --deadline, --budget, "
             "--micro-batch or --explain-infeasible, and with --lang ja only as --json. Example: memfit plan "

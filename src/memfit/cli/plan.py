@@ -75,7 +75,7 @@ class PlanRunOptions:
             metavar="TIME",
             help="With --measure: start no further run after this time, for example 90s, counted from the "
             "first run, unless fewer than two plans have run successfully. Default: 5m. Ignored without "
-            "--measure, and with --largest, which makes at most 14 runs for each answer.",
+            "--measure, and with --largest, which makes at most 16 runs for each answer.",
         ),
     ] = "5m"
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from memfit.planner.largest import LargestValue, MeasuredLargest, MeasuredSize, TracedSize
 from memfit.types.result import Measurement, OutcomeKind
 
-MOST_RUNS = 14
+MOST_RUNS = 16
 MEASURED_STEPS = 3
 _ALTERNATES = 2  # runs after which every second one is in the middle
 _LOWER = 0.9  # of the smallest value that ran out of memory, if none has run
@@ -75,8 +75,9 @@ def _unconfirmed_value(
     done: Sequence[MeasuredSize], runs: Mapping[int, MeasuredSize], prediction: LargestValue
 ) -> int | None:
     """Return a value that must be run once more: the largest that ran, until it has run three times; then the
-    smallest of those above all that ran, until it has run out of memory three times. None if there is
-    none, or if no value ran out of memory."""
+    smallest of those above all that ran, until it has run out of memory three times. If there is none, it is
+    as far above all that ran as the next value is, twice as far for each further value that did either. None
+    if none must be run, or if no value ran out of memory."""
     low, high = _bounds(runs)
     counts = Counter(size.value for size in done)
     if high is None:
@@ -86,7 +87,9 @@ def _unconfirmed_value(
     died = _always_died(done, runs)
     if died is not None:
         return died.value if counts[died.value] < _CONFIRMED else None
-    value = _above(max(_values_that_ran(done), default=0), prediction.step)
+    ran = max(_values_that_ran(done), default=0)
+    did_either = sum(runs[v].outcome is OutcomeKind.OOM for v in _values_that_ran(done) if v > low)
+    value = ran + (_above(ran, prediction.step) - ran) * 2 ** max(0, did_either - 1)
     refused = min((t.value for t in prediction.traced if t.problem and t.value >= high), default=None)
     return value if refused is None or value < refused else None
 
