@@ -130,6 +130,8 @@ def test_a_run_that_fills_the_device_says_so(job: str, memfit_on_device: Command
     assert "memory of the device (sim) ran out: " in result.stdout
     assert "2.0 MiB allowed" in result.stdout or "2 MiB allowed" in result.stdout
     assert "memory of the host" not in result.stdout
+    assert " of host memory resident at most" in result.stdout
+    assert "not in a cap" not in result.stdout  # which is on the device's memory
 
 
 def test_running_out_of_the_devices_memory_is_an_outcome(job: str, memfit_on_device: Command) -> None:
@@ -169,6 +171,27 @@ def test_what_cannot_train_on_the_device_is_refused_in_one_line(
     assert by_batch.stderr.splitlines()[-1].startswith(
         "memfit: make_batch returns tensors on sim:0; allowed: "
     )
+
+
+def test_a_plan_that_torch_cannot_compile_for_the_device_is_refused_with_its_name(
+    job: str, memfit_on_device: Command, tmp_path: Path
+) -> None:
+    plan = tmp_path / "compile.yaml"
+    plan.write_text("techniques: {compile: {}}\n")
+    result = memfit_on_device("run", job, "--plan", plan, "--steps", "1")
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("memfit: compile is not supported on devices of the kind 'sim'")
+
+
+def test_engines_that_train_on_cuda_only_are_not_called_supported_on_another_device(
+    job: str, memfit_on_device: Command
+) -> None:
+    result = memfit_on_device("estimate", job, "--engines", "--json")
+    assert result.returncode == 0, result.stderr
+    cuda = {engine["engine"]: engine["cuda"] for engine in json.loads(result.stdout)["engines"]}
+    assert cuda["colossalai"] == cuda["megatron"] == ["training on sim devices"]
+    assert cuda["native"] == []
 
 
 def test_another_machine_is_refused_where_training_runs_here(job: str, memfit_on_device: Command) -> None:

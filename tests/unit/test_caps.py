@@ -245,6 +245,16 @@ def test_a_run_shows_its_resident_memory_and_the_time_of_its_data() -> None:
     assert "cap     120 MiB for training alone" in text
 
 
+def test_resident_memory_of_a_run_on_a_device_is_called_the_hosts_and_never_a_part_of_the_cap() -> None:
+    resident = ResidentMemory(peak_bytes=905 * MIB, start_bytes=230 * MIB, footprint_bytes=300 * MIB)
+    measurement = Measurement(outcome=OutcomeKind.OK, resident=resident, cap_bytes=186 * MIB)
+    text = "\n".join(lines(_as_run(measurement, device="cuda")))
+    assert "host    905 MiB of host memory resident at most, 230 MiB of them before the job" in text
+    assert "a cap is on the device's memory; " in text
+    assert "memory  905 MiB" not in text
+    assert "not in a cap" not in text
+
+
 def _as_run(measurement: Measurement, **spec: Any) -> Run:
     return Run(
         spec=RunSpec(name="x", role="run", job=JobRef(spec="x"), plan=Plan(), seed=0, steps=3, **spec),

@@ -335,22 +335,27 @@ def _machine_here() -> Machine | None:
 
 def techniques(checks: Sequence[Check], here: Machine | None = None) -> list[Check]:
     """Return one check for each of memfit's techniques. It fails if the devices of the machine ``here``
-    (None: not checked) cannot run it, and if one of the optional packages that the technique needs failed in
-    ``checks``, those of `packages`; the detail then says why, otherwise what the technique does. If memfit's
-    techniques cannot be imported at all, return a single failed check."""
+    (None: not checked) cannot run it or searches leave it out there, and if one of the optional packages that
+    the technique needs failed in ``checks``, those of `packages`; the detail then says why, otherwise what
+    the technique does. If memfit's techniques cannot be imported at all, return a single failed check."""
     quiet_libraries()
     try:
+        from memfit.runtime.devices import can_compile
         from memfit.techniques.registry import TECHNIQUES, unsupported_techniques
     except (ImportError, OSError, MemfitError) as error:
         return [Check(name="techniques", ok=False, detail=_one_line(str(error)))]
     failed_checks = {check.name: check for check in checks if not check.ok}
-    not_here: set[str] = set()
+    reasons: dict[str, str] = {}
     if here is not None:
-        kind = here.device.kind
-        not_here = {t.name for t in TECHNIQUES.values() if not t.runs_on(kind)} | unsupported_techniques(here)
+        kind, name = here.device.kind, here.device.name
+        for t in TECHNIQUES.values():
+            if not t.runs_on(kind):
+                reasons[t.name] = f"not proposed on {name}, for which {' and '.join(t.needs)} has no kernels"
+        refused = unsupported_techniques(here) | (set() if can_compile(kind) else {"compile"})
+        reasons |= dict.fromkeys(refused, f"cannot run on {name}")
     return [
-        Check(name=t.name, ok=False, detail=f"cannot run on {here.device.name}: {t.summary}")
-        if here is not None and t.name in not_here
+        Check(name=t.name, ok=False, detail=f"{reasons[t.name]}: {t.summary}")
+        if t.name in reasons
         else _technique(t.name, t.summary, [failed_checks[p] for p in t.needs if p in failed_checks])
         for t in TECHNIQUES.values()
     ]
@@ -370,16 +375,15 @@ def engines() -> Iterator[Check]:
     then the command that would help. The detail is what keeps it from running, otherwise its installed
     version, followed by what the engine is. On a machine with accelerators it says which engines cannot train
     on them, and which memfit has not run on this kind."""
-    from memfit.engines.registry import ENGINES
+    from memfit.engines.registry import ENGINES, trains_on
     from memfit.engines.replay import ENGINE as REPLAY
     from memfit.runtime.devices import accelerator_kind
-    from memfit.types.device_kind import device_kind
 
     kind = accelerator_kind() if torch_check().ok else ""
     for engine in ENGINES.values():
         probe = engine.probe()
         problem, detail = probe.problem, probe.problem or probe.version
-        if kind and not problem and engine.cuda_only and not device_kind(kind).runs_cuda:
+        if kind and not problem and not trains_on(engine, kind):
             problem = f"trains on the processor, not on {kind} devices"
             detail = f"{probe.version}, {problem}"
         elif kind and not problem and kind not in engine.tried_on and engine is not REPLAY:

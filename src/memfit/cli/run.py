@@ -567,14 +567,18 @@ def _rank_lines(measurement: Measurement) -> Iterator[str]:
 
 
 def _resident_lines(run: Run) -> Iterator[str]:
-    """Yield a line with the resident memory of the process, of which the cap counts only a part, and one with
-    the bound that evaluation or saves have raised."""
+    """Yield a line with the resident memory of the process, and one with the bound that evaluation or saves
+    have raised. On the processor, a cap counts only a part of the resident memory; on an accelerator, where
+    the cap is on the device's own memory, it counts nothing of it."""
     measurement, resident = run.measurement, run.measurement.resident
     if resident is not None:
+        on_host = run.spec.device == HOST
         yield (
-            f"  memory  {format_bytes(resident.peak_bytes)} resident at most, "
-            f"{format_bytes(resident.start_bytes)} of them before the job was loaded; not in a cap: "
-            f"{format_bytes(resident.loaded_bytes)} of data and caches from before training, "
+            ("  memory  " if on_host else "  host    ")
+            + f"{format_bytes(resident.peak_bytes)} {'' if on_host else 'of host memory '}resident at most, "
+            f"{format_bytes(resident.start_bytes)} of them before the job was loaded; "
+            + ("not in a cap: " if on_host else "a cap is on the device's memory; of these, ")
+            + f"{format_bytes(resident.loaded_bytes)} of data and caches from before training, "
             f"{format_bytes(resident.shared_bytes)} shared, {format_bytes(resident.mapped_bytes)} of files"
         )
     if measurement.cap_bytes and run.spec.cap_bytes:

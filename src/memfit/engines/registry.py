@@ -49,6 +49,13 @@ def supporting_engine(name: str, plan: Plan) -> Engine:
     return candidate
 
 
+def trains_on(candidate: Engine, device: str) -> bool:
+    """Return whether the engine's library can train on devices of this kind, as far as that does not depend
+    on what the library answers when it starts."""
+    kind = device_kind(device)
+    return kind.is_host or kind.runs_cuda or not candidate.cuda_only
+
+
 def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
     """Return the engine called ``name`` if it supports the plan, can train it on devices of the kind
     ``device``, and is installed in a tested version. Otherwise raises UserError: the errors of
@@ -56,7 +63,7 @@ def ready_engine(name: str, plan: Plan, device: str = HOST) -> Engine:
     or one that says what is wrong with the installation and gives the command that installs a tested
     version."""
     candidate, kind = supporting_engine(name, plan), device_kind(device)
-    if candidate.cuda_only and not (kind.is_host or kind.runs_cuda):
+    if not trains_on(candidate, device):
         raise UserError(
             f"engine {name} cannot train on devices of the kind {device!r}: its library supports only CUDA's "
             "and the processor",

@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memfit.model.blocks import equal_blocks, find_blocks
+from memfit.runtime.devices import can_compile
 from memfit.techniques.base import Knob, StepPart, Technique, Workbench
+from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
 
@@ -33,6 +35,13 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             others = [m for n, m in bench.model.named_children() if top_name and n != top_name]
     modules = [*blocks, *others]
     if torch._guards.active_fake_mode() is None:  # real training uses the real compiler
+        kind = torch.device(bench.torch_device).type
+        if not can_compile(kind):
+            raise UserError(
+                f"compile is not supported on devices of the kind {kind!r}: torch.compile makes no kernels "
+                "for them",
+                hint="take it out of the plan; `--on this:cpu` trains on the processor",
+            )
         # `module.compile()` skips torch's own classes, and pipelines bypass it
         for module in modules:
             module.forward = torch.compile(module.forward)

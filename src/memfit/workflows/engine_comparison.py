@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from memfit import catalog
 from memfit.engines.base import Engine
-from memfit.engines.registry import ENGINES, render
+from memfit.engines.registry import ENGINES, render, trains_on
 from memfit.jobs.registry import load
 from memfit.planner.machine_calibration import calibrate
 from memfit.planner.request import Progress, Request, make_predictor, model_sizes
@@ -27,11 +27,11 @@ class EngineChoice:
     """What one engine can do with a plan, and what must be installed for it.
 
     ``gaps``: why the engine does not support the plan; empty if it does. ``cuda``: parts of the plan that it
-    runs on NVIDIA GPUs only. ``version``: of its installed package, "" if there is none. ``problem``: what
-    keeps it from running here, "" for nothing; ``fix``: the command that would help. ``tested``: versions of
-    its package that memfit was tested with (">=2.0, <3"), or "". ``is_tried``: whether memfit has run it on a
-    device of the machine's kind. ``facts``: what the catalog knows about the engine, name -> (value, source,
-    date).
+    runs on NVIDIA GPUs only, in words; the whole training, if it trains on no device of the machine's kind.
+    ``version``: of its installed package, "" if there is none. ``problem``: what keeps it from running here,
+    "" for nothing; ``fix``: the command that would help. ``tested``: versions of its package that memfit was
+    tested with (">=2.0, <3"), or "". ``is_tried``: whether memfit has run it on a device of the machine's
+    kind. ``facts``: what the catalog knows about the engine, name -> (value, source, date).
 
     ``estimate``: the prediction for the plan; ``config_lines``: number of lines of the configuration files
     that memfit would write for the engine. Both are None if it does not support the plan.
@@ -74,7 +74,7 @@ def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoi
 def _choice(
     request: Request, plan: Plan, engine: Engine, calibrations: list[Calibration], progress: Progress
 ) -> EngineChoice:
-    gaps, probe = engine.refusals(plan), engine.probe()
+    gaps, probe, kind = engine.refusals(plan), engine.probe(), request.machine.device.kind
     estimate, lines = None, None
     if not gaps:
         progress("trace", 0, 0, engine.name)
@@ -89,12 +89,12 @@ def _choice(
         engine=engine.name,
         summary=engine.summary,
         gaps=gaps,
-        cuda=engine.asks_cuda(plan),
+        cuda=engine.asks_cuda(plan) if trains_on(engine, kind) else (f"training on {kind} devices",),
         version=probe.version,
         problem=probe.problem,
         fix=probe.fix,
         tested=f">={low}, <{high}" if low else "",
-        is_tried=request.machine.device.kind in engine.tried_on,
+        is_tried=kind in engine.tried_on,
         estimate=estimate,
         config_lines=lines,
         facts=catalog.engine_facts(engine.name),
