@@ -691,9 +691,11 @@ def test_the_doctor_reports_techniques_that_the_device_cannot_run() -> None:
     for name in ("compile", "float8-linear"):
         assert not checks[name].ok
         assert checks[name].detail.startswith("cannot run on Another GPU: ")
+    no_kernels = "not proposed on Another GPU: no kernels for it in "
     for name in ("adamw-8bit", "adamw-paged"):  # not refused: some have slow kernels for every device
         assert not checks[name].ok
-        assert checks[name].detail.startswith("not proposed on Another GPU, for which bitsandbytes has no ")
+        assert checks[name].detail.startswith(f"{no_kernels}bitsandbytes: ")
+    assert checks["qlora"].detail.startswith(f"{no_kernels}peft or bitsandbytes: ")
     assert checks["bf16-autocast"].ok
 
 

@@ -350,7 +350,7 @@ def techniques(checks: Sequence[Check], here: Machine | None = None) -> list[Che
         kind, name = here.device.kind, here.device.name
         for t in TECHNIQUES.values():
             if not t.runs_on(kind):
-                reasons[t.name] = f"not proposed on {name}, for which {' and '.join(t.needs)} has no kernels"
+                reasons[t.name] = f"not proposed on {name}: no kernels for it in {' or '.join(t.needs)}"
         refused = unsupported_techniques(here) | (set() if can_compile(kind) else {"compile"})
         reasons |= dict.fromkeys(refused, f"cannot run on {name}")
     return [
