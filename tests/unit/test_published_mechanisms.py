@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from published.models import job_of
 from published.predict import plan_of, predict
 from published.rows import Setup
@@ -12,8 +15,10 @@ from published.step_time import predicted
 from published_rows import MEGATRON, TITAN, setup
 from tiny import words
 
-from memfit.techniques.registry import make_use
+from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.trace.tracer import fake_model, trace
+from memfit.types.device_kind import device_kind
+from memfit.types.errors import UserError
 from memfit.types.plan import KnobValue, Plan, Use, use
 from memfit.types.trace import Category, Phase, Trace
 
@@ -81,6 +86,21 @@ def test_paged_moments_are_not_in_device_memory() -> None:
 
     assert states("adamw-8bit") > 0
     assert states("adamw-paged") == 2 * 256 * 4  # the tables of their values
+
+
+def test_a_run_on_a_device_with_managed_memory_pages_the_moments() -> None:
+    bench = SimpleNamespace(device=device_kind("cuda"), job=words(), make_optimizer=None)
+    TECHNIQUES["adamw-paged"].apply(cast(Any, bench), {})
+    optimizer = cast(Any, bench.make_optimizer)([torch.nn.Parameter(torch.zeros(8))])
+    assert type(optimizer).__name__ == "PagedAdamW8bit"
+    assert optimizer.is_paged
+
+
+def test_paged_moments_are_refused_where_host_and_device_share_no_memory() -> None:
+    plan = Plan(uses=(use("adamw-paged"),))
+    with pytest.raises(UserError, match="bitsandbytes has none for mps devices"):
+        trace(words(), plan, device="mps")
+    assert trace(words(), plan, device="cpu").allocations
 
 
 def test_saved_tensors_wait_in_host_memory_for_a_gpu() -> None:

@@ -178,10 +178,31 @@ def _adamw8bit(
 
 
 def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    """Make the bench's optimizer bitsandbytes' paged AdamW of 8 bits. On a processor, whose memory is the
+    host's, and in a trace, it is the unpaged one, which a trace counts as host memory. Raises UserError for
+    a device without memory that it shares with the host."""
+    kind = bench.device
+    if not kind.is_host and not kind.managed_memory:
+        raise UserError(
+            f"adamw-paged needs memory that host and device share, and bitsandbytes has none for {kind.name} "
+            "devices",
+            hint="adamw-8bit keeps the same state in the device's memory",
+        )
+
     def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
-        return step_on_host(bench, _adamw8bit(bench.job.optimizer, bench.device, params))
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        if kind.is_host or any(isinstance(param, FakeTensor) for param in params):
+            return step_on_host(bench, _adamw8bit(bench.job.optimizer, kind, params))
+        return _paged_adamw8bit(bench.job.optimizer, params)
 
     bench.make_optimizer = make
+
+
+def _paged_adamw8bit(choice: OptimizerChoice, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    import bitsandbytes as bnb
+
+    return cast(OptimizerLike, bnb.optim.PagedAdamW8bit(params, **_numbers(choice)))
 
 
 def step_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
@@ -369,7 +390,7 @@ ADAMW_PAGED = Technique(
     order=40,
     slot="optimizer",
     needs=("bitsandbytes",),
-    supports=lambda kind: kind.bitsandbytes,
+    supports=lambda kind: kind.bitsandbytes and (kind.is_host or kind.managed_memory),
     forbids=("bf16-parameters",),
 )
 ADAMW_4BIT = _technique(

@@ -39,6 +39,7 @@ class DeviceKind:
     - ``visible_variable``: the environment variable that says which of its devices a process sees; "": none.
     - ``nvml``: NVIDIA's management library knows its energy and memory.
     - ``bitsandbytes``: bitsandbytes has kernels for it.
+    - ``managed_memory``: bitsandbytes has memory for it that host and device share, and pages it.
     - ``runs_cuda``: code that was written for ``torch.cuda``, as parts of engines are, runs on it.
     - ``checked``: predictions were compared with measurements on devices of this kind.
     - ``gpu_target``: the architecture for which torch compiles the device's kernels, as
@@ -60,6 +61,7 @@ class DeviceKind:
     visible_variable: str = ""
     nvml: bool = False
     bitsandbytes: bool = False
+    managed_memory: bool = False
     runs_cuda: bool = False
     checked: bool = False
     gpu_target: str = ""
@@ -140,6 +142,7 @@ add_device_kind(
         visible_variable="CUDA_VISIBLE_DEVICES",
         nvml=True,
         bitsandbytes=True,
+        managed_memory=True,
         runs_cuda=True,
         checked=True,
     )
