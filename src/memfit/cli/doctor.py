@@ -340,7 +340,7 @@ def techniques(checks: Sequence[Check], here: Machine | None = None) -> list[Che
     the technique does. If memfit's techniques cannot be imported at all, return a single failed check."""
     quiet_libraries()
     try:
-        from memfit.runtime.devices import can_compile
+        from memfit.techniques.compiled import can_compile
         from memfit.techniques.registry import TECHNIQUES, unsupported_techniques
     except (ImportError, OSError, MemfitError) as error:
         return [Check(name="techniques", ok=False, detail=_one_line(str(error)))]

@@ -244,19 +244,6 @@ def has_memory_fraction(kind: str) -> bool:
     return hasattr(_module(torch.device(kind)), "set_per_process_memory_fraction")
 
 
-def can_compile(kind: str) -> bool:
-    """Return whether torch.compile has a generator of kernels for devices of this kind: torch's own, or one
-    that the package which brings the device to torch has registered. Whether the compiler that it starts is
-    installed is not checked."""
-    try:
-        from torch._inductor.codegen.common import get_scheduling_for_device, init_backend_registration
-
-        init_backend_registration()
-    except ImportError:  # of a package that the generators use
-        return False
-    return get_scheduling_for_device(kind) is not None
-
-
 def device_name(device: torch.device) -> str:
     """Return the product name of an accelerator, such as "NVIDIA H100 80GB HBM3", or its kind in capitals,
     such as "MPS", if torch does not tell it."""

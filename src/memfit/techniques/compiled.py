@@ -14,10 +14,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memfit.model.blocks import equal_blocks, find_blocks
-from memfit.runtime.devices import can_compile
 from memfit.techniques.base import Knob, StepPart, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
+
+
+def can_compile(kind: str) -> bool:
+    """Return whether torch.compile has a generator of kernels for devices of this kind: torch's own, or one
+    that the package which brings the device to torch has registered. Whether the compiler that it starts is
+    installed is not checked."""
+    try:
+        from torch._inductor.codegen.common import get_scheduling_for_device, init_backend_registration
+
+        init_backend_registration()
+    except ImportError:  # of a package that the generators use
+        return False
+    return get_scheduling_for_device(kind) is not None
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
