@@ -379,6 +379,22 @@ def test_the_peak_of_a_distributed_script_is_that_of_its_two_processes(wrap: str
     assert technique == "fsdp2" or peak.value + held_late >= measured * 0.999
 
 
+def test_an_initialiser_that_redraws_until_all_values_are_in_range_ends(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\n"
+        "net = nn.Linear(64, 64)\n"
+        "nn.init.trunc_normal_(net.weight, std=0.02)\n"
+        "optimizer = torch.optim.SGD(net.parameters(), lr=0.1)\n"
+        "for _ in range(2):\n"
+        "    net(torch.randn(8, 64)).square().mean().backward()\n"
+        "    optimizer.step(); optimizer.zero_grad()\n"
+    )
+    answer = estimate_script([sys.executable, str(path)], machine="this:cpu")
+    assert answer.estimate is not None
+    assert answer.estimate.allocated_bytes.value > 64 * 65 * 4
+
+
 @pytest.mark.parametrize("place", ["next(net.parameters()).device", "net(images.cuda()).device", '"cuda"'])
 def test_a_device_that_a_loop_reads_from_a_tensor_is_that_of_the_tensor(place: str, tmp_path: Path) -> None:
     path = tmp_path / "loop.py"

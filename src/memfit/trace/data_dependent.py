@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +26,12 @@ from torch.utils import _pytree
 from memfit.model.tensors import tensor_leaves
 from memfit.trace.assumed_values import AssumedCase, is_assumed, mark_assumed
 from memfit.trace.concrete_values import ConcreteValues
-from memfit.trace.source_location import library_line, reading_line, user_line
+from memfit.trace.source_location import library_line, reading_frame, reading_line, user_line
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
 
 # Operators whose output size has an upper limit, which is the argument ``most`` of `Guesses.size`.
 _LIMITED = frozenset({"nonzero", "masked_select", "unique", "_pack_padded_sequence", "ctc_loss"})
-_HERE = str(Path(__file__).parent)
 _REJECTIONS = 16  # of so many answers to one line of one call, the last is False and the others True
 _LOOP_LIMIT = 1000  # answers to one line before it counts as an endless loop
 
@@ -133,10 +130,8 @@ class Guesses:
         """Return True for every 16th question in a row that the same line of one call of a function asks,
         else False. The caller then answers False, because initialisers that redraw until all values are in
         range, such as trunc_normal_, must terminate."""
-        frame: Any = sys._getframe(1)
-        while frame.f_code.co_filename.startswith(_HERE):  # skip the dispatcher's frames
-            frame = frame.f_back
-        place, count = (id(frame), frame.f_lineno), self._loop[2]
+        frame = reading_frame()
+        place, count = (id(frame), frame.f_lineno if frame else 0), self._loop[2]
         self._loop = (*place, count + 1 if self._loop[:2] == place else 0)
         return self._loop[2] % _REJECTIONS == _REJECTIONS - 1
 

@@ -57,14 +57,21 @@ def library_line() -> str:
     return user_line()
 
 
-def reading_line() -> str:
-    """Return the place in the code that reads a tensor's value, as ``path:line:instruction``: the innermost
-    frame outside memfit's packages trace and capture and torch's dispatch of operators, in torch's own code
-    or the user's. The index of the bytecode instruction is included because several reads may be on one line.
-    Return "" if there is none."""
+def reading_frame() -> Any:
+    """Return the innermost frame outside memfit's packages trace and capture and torch's dispatch of
+    operators, in torch's own code or the user's: that of the code which reads a tensor's value. Return None
+    if there is none."""
     frame: Any = sys._getframe(1)
     while frame is not None and any(p in frame.f_code.co_filename for p in _ON_THE_WAY):
         frame = frame.f_back
+    return frame
+
+
+def reading_line() -> str:
+    """Return the place in the code that reads a tensor's value (`reading_frame`), as
+    ``path:line:instruction``. The index of the bytecode instruction is included because several reads may be
+    on one line. Return "" if there is none."""
+    frame = reading_frame()
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}:{frame.f_lasti}"
 
 
