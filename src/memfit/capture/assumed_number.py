@@ -9,7 +9,7 @@ from typing import Any
 _COMPARED = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__bool__")
 _COMPUTED = (
     *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"),
-    *("__pow__", "__rpow__", "__neg__", "__abs__", "__round__", "__round__"),
+    *("__pow__", "__rpow__", "__neg__", "__abs__", "__round__"),
 )
 
 

@@ -56,8 +56,8 @@ def script_patches(trace: ScriptTrace) -> Iterator[None]:
             (torch.nn.Module, "__call__", _module_call(trace)),
             (torch.nn.TransformerEncoderLayer, "forward", _encoder_layer_forward(trace)),
             (torch.nn.Module, "_apply", _apply_in_place),
-            (torch.autograd, "backward", _backward(trace, torch.autograd.backward)),
-            (torch.autograd, "grad", _gradient(trace, torch.autograd.grad)),
+            (torch.autograd, "backward", _traced(trace, torch.autograd.backward, trace.backward)),
+            (torch.autograd, "grad", _traced(trace, torch.autograd.grad, trace.gradient)),
             (torch.amp.GradScaler, "_maybe_opt_step", _step_without_overflow),
             (torch.nn.utils, "clip_grad_norm_", _clipping(trace)),
             (torch.optim.Optimizer, "__init__", _optimizer_init(trace)),
@@ -273,24 +273,21 @@ def _encoder_layer_forward(trace: ScriptTrace) -> Callable[..., Any]:
     return forward
 
 
-def _backward(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., Any]:
+def _traced(
+    trace: ScriptTrace,
+    inner: Callable[..., Any],
+    run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+) -> Callable[..., Any]:
+    """Return ``inner``, of which ``run(inner, args, kwargs)`` makes the calls of the script's loop on fake
+    tensors."""
+
     @functools.wraps(inner)
-    def backward(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if trace.inside or not has_fakes((args, kwargs)):
             return inner(*args, **kwargs)
-        return trace.backward(inner, args, kwargs)
+        return run(inner, args, kwargs)
 
-    return backward
-
-
-def _gradient(trace: ScriptTrace, inner: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(inner)
-    def grad(*args: Any, **kwargs: Any) -> Any:
-        if trace.inside or not has_fakes((args, kwargs)):
-            return inner(*args, **kwargs)
-        return trace.gradient(inner, args, kwargs)
-
-    return grad
+    return call
 
 
 def _optimizer_init(trace: ScriptTrace) -> Callable[..., None]:

@@ -624,7 +624,7 @@ def _maker(
                 by_parameter = _arguments(maker, call)
                 arguments = {n: by_parameter[p] for n, p in passed.items() if p in by_parameter}
                 argument = arguments.get(optimizer)
-                if not (isinstance(argument, ast.Name) and _is_used_beside(scope, argument.id, call)):
+                if not (isinstance(argument, ast.Name) and _is_used_outside(scope, argument.id, call)):
                     continue
                 if not isinstance(arguments.get(model), ast.Name):
                     raise UserError(
@@ -638,7 +638,7 @@ def _maker(
     return maker.body, user or ast.Pass(), {}
 
 
-def _is_used_beside(scope: Statements, name: str, call: ast.Call) -> bool:
+def _is_used_outside(scope: Statements, name: str, call: ast.Call) -> bool:
     """Return whether ``scope`` reads the variable ``name`` outside the arguments of ``call``."""
     inside = {id(n) for n in ast.walk(call)}
     return any(
