@@ -267,8 +267,11 @@ def test_a_plan_of_two_ranks_runs_here_and_its_peak_matches_the_prediction(reque
     predicted, measured = found.predicted_peak_bytes, found.measurement.peak_bytes
     assert predicted is not None
     assert measured is not None
-    # gloo may free the buffers of a collective before the peak, but hardly ever does
-    assert 0.97 * predicted <= measured <= 1.01 * predicted
+    # DDP's first bucket, as large as all gradients, is freed before the second is made if gloo is early
+    gradient_bytes = 4 * (17 * 128 + 4 * 129 * 128 + 129)
+    assert any(
+        measured == pytest.approx(predicted - early_bytes, rel=0.01) for early_bytes in (0, gradient_bytes)
+    )
     assert [t[1] for t in told if t[0] == "run"][-1] == 2
 
 
