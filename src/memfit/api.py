@@ -885,7 +885,7 @@ def largest(  # noqa: PLR0913
     )
     if not measure:
         return answer
-    return with_boundary(lambda value: _train(job_at(value), target_plan, cap_bytes, value), answer)
+    return with_boundary(lambda value, cap: _train(job_at(value), target_plan, cap, value), answer)
 
 
 def _train(job: Job, plan: Plan, cap_bytes: int, value: int) -> MeasuredSize:
@@ -905,4 +905,4 @@ def _train(job: Job, plan: Plan, cap_bytes: int, value: int) -> MeasuredSize:
         threads=1,  # others do not survive a fork
         evaluate=False,
     )
-    return measured_size(value, train_forked(spec, job))
+    return measured_size(value, cap_bytes, train_forked(spec, job))

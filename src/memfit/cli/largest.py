@@ -39,10 +39,11 @@ class LargestOptions:
             "which does not fit; a remark says if there is none, as when the job refuses it. Without "
             "--memory: what is free now of the memory of this machine's GPU; otherwise all memory of the "
             "device. With --measure, values are also trained on this machine for three steps each under a "
-            "hard cap of that size, in at most 16 runs for each answer, until the largest has run three "
-            "times and the next, a step or 0.1 % larger, has run out of memory three times. If nothing fits, "
-            "the exit code is 3. Not with --from, --diff, --save, --corrected-by, --deadline, --budget, "
-            "--micro-batch or --explain-infeasible, and with --lang ja only as --json. Example: memfit plan "
+            "hard cap, in at most 16 runs for each answer, until the largest has run twice with 0.5 MiB "
+            "or 0.25 % less than that size, and the next one has run out of memory twice with that size. "
+            "If nothing fits, the exit code is 3. Not with --from, --diff, --save, --corrected-by, "
+            "--deadline, --budget, --micro-batch or --explain-infeasible, and with --lang ja only as "
+            "--json. Example: memfit plan "
             "protein-lm --largest batch --on H100-SXM.",
         ),
     ] = None
@@ -340,16 +341,13 @@ def _remarks(report: memfit.workflows.largest.LargestReport, numbers: Mapping[Pl
 
 
 def _measured_remarks(result: memfit.planner.largest.LargestValue) -> Iterator[str]:
-    from memfit.types.result import OutcomeKind
-
     measured = result.measured
     assert measured is not None
     if (failed := measured.failed) is not None:
         yield f"{failed.value} ended in another way, so no further value was run: {failed.reason}"
         return
     for value in measured.uncertain:
-        outcomes = [run.outcome is OutcomeKind.OK for run in measured.runs if run.value == value]
-        yield f"{value} ran in {sum(outcomes)} of {len(outcomes)} runs, so it is too near the cap"
+        yield f"{value} is too near the cap to tell whether it runs each time"
     ran, died = measured.ran, measured.died
     if ran and died and not measured.uncertain and died.value - ran.value > result.step:
         yield f"no value between {ran.value} and {died.value} was run"

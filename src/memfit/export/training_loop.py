@@ -612,9 +612,9 @@ def _maker(
             "must assign it once, and not inside an if or a loop"
         )
     (maker,) = makers
-    names_of = {a.arg for a in maker.args.args}
+    parameters = {a.arg for a in maker.args.args}
     pairs = [pair for s in maker.body if isinstance(s, ast.Assign | ast.AnnAssign) for pair in _pairs(s)]
-    passed = {n: v.id for n, v in pairs if isinstance(v, ast.Name) and v.id in names_of}
+    passed = {n: v.id for n, v in pairs if isinstance(v, ast.Name) and v.id in parameters}
     if maker.name == "__init__" and optimizer in passed:
         functions = [n for n in ast.walk(source.tree) if isinstance(n, FUNCTIONS)]
         for scope in (source.tree.body, *(f.body for f in functions)):

@@ -61,11 +61,12 @@ class TracedSize:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSize:
-    """One value that was trained for a few steps under the cap. ``outcome``, ``reason``: how that ended.
+    """One value that was trained for a few steps under ``cap_bytes``. ``outcome``, ``reason``: the end of it.
     ``tensor_bytes``: the peak of tensors; ``process_bytes``: that of what the cap counts. None: unknown.
     ``limit``: what enforced the cap, such as "RLIMIT_DATA"."""
 
     value: int
+    cap_bytes: int
     outcome: OutcomeKind
     reason: str = ""
     tensor_bytes: int | None = None
@@ -76,9 +77,9 @@ class MeasuredSize:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLargest:
     """What ran under the cap, for ``steps`` steps each. ``ran``: the largest value that did so in each of its
-    runs, None if none did; ``died``: the smallest that ran out of memory in each of its runs and is larger
-    than all that ran, None if there is none. ``runs``: all, in ascending order of values, of which one may
-    occur several times."""
+    runs, with less memory than the cap (`planner.largest_runs.reduced_cap`), None if none did; ``died``: the
+    smallest that ran out of memory under the cap each time and is larger than all that ran, None if there is
+    none. ``runs``: all, in ascending order of values, of which one may occur several times."""
 
     steps: int
     ran: MeasuredSize | None
@@ -87,13 +88,11 @@ class MeasuredLargest:
 
     @property
     def uncertain(self) -> tuple[int, ...]:
-        """The values above ``ran`` that ran in some of their runs and ran out of memory in others."""
-        values = {
-            outcome: {run.value for run in self.runs if run.outcome is outcome}
-            for outcome in (OutcomeKind.OK, OutcomeKind.OOM)
-        }
+        """The values between ``ran`` and ``died`` that were run: whether they run under the cap is chance."""
+        if self.died is None:
+            return ()
         least = self.ran.value if self.ran else 0
-        return tuple(sorted(v for v in values[OutcomeKind.OK] & values[OutcomeKind.OOM] if v > least))
+        return tuple(sorted({run.value for run in self.runs if least < run.value < self.died.value}))
 
     @property
     def failed(self) -> MeasuredSize | None:
@@ -166,7 +165,7 @@ class LargestValue:
         ran, died = self.measured.ran, self.measured.died
         text = f"; measured: {ran.value} ran" if ran else "; measured: none ran"
         if self.measured.uncertain:
-            text += f", {', '.join(map(str, self.measured.uncertain))} ran in some runs only"
+            text += f", {', '.join(map(str, self.measured.uncertain))} too near the cap to tell"
         return text + (f", {died.value} ran out of memory" if died else "")
 
 

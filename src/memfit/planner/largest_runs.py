@@ -1,14 +1,14 @@
 """The largest value of a size that runs under a cap, by short runs: what traces leave open, runs decide.
 
 Traces give a safe value and an expected one; what lies between may run out of memory. `find_boundary` runs
-values until one that runs out of memory is next to one that does not, and repeats both.
+values until one that runs out of memory is next to one that does not. What a process holds differs from run
+to run, so the largest value must run with less memory than the cap.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from memfit.planner.largest import LargestValue, MeasuredLargest, MeasuredSize, TracedSize
 from memfit.types.result import Measurement, OutcomeKind
@@ -17,14 +17,16 @@ MOST_RUNS = 16
 MEASURED_STEPS = 3
 _ALTERNATES = 2  # runs after which every second one is in the middle
 _LOWER = 0.9  # of the smallest value that ran out of memory, if none has run
-_CONFIRMED = 3  # runs of the largest value that runs, and of the next one
-_RESOLUTION = 0.001  # of a value: what a process holds differs by up to 0.1 % of 100 MiB from run to run
+_CONFIRMED = 2  # runs of the largest value that runs, and of the next one
+_RESOLUTION = 0.001  # of a value: a smaller step is lost in what processes hold more or less
+_RESERVE_BYTES, _RESERVE_RATIO = 2**19, 1 / 400  # of a run and of its cap: what processes hold more or less
 
 
-def measured_size(value: int, measurement: Measurement) -> MeasuredSize:
-    """Return the outcome and the memory of a run at ``value``, from its measurement."""
+def measured_size(value: int, cap_bytes: int, measurement: Measurement) -> MeasuredSize:
+    """Return the outcome and the memory of a run at ``value`` under ``cap_bytes``, from its measurement."""
     return MeasuredSize(
         value=value,
+        cap_bytes=cap_bytes,
         outcome=measurement.outcome,
         reason=measurement.reason,
         tensor_bytes=measurement.peak_bytes,
@@ -33,77 +35,99 @@ def measured_size(value: int, measurement: Measurement) -> MeasuredSize:
     )
 
 
+def reduced_cap(cap_bytes: int) -> int:
+    """Return the bytes under which the largest value must run so that it surely runs under ``cap_bytes``:
+    0.5 MiB less, or 0.25 % of the cap if that is more; at least half of the cap. This is more than processes
+    of the same training were seen to differ (benchmarks/largest.md)."""
+    reserve = max(_RESERVE_BYTES, int(cap_bytes * _RESERVE_RATIO))
+    return max(cap_bytes - reserve, cap_bytes // 2)
+
+
 def find_boundary(
-    run: Callable[[int], MeasuredSize], prediction: LargestValue, *, most_runs: int = MOST_RUNS
+    run: Callable[[int, int], MeasuredSize], prediction: LargestValue, *, most_runs: int = MOST_RUNS
 ) -> MeasuredLargest:
     """Return the largest value that runs and the next one that runs out of memory, among the multiples of
     ``prediction.step``.
 
-    ``run`` trains one value under the cap. The first is the largest safe value of ``prediction``, or the
-    smallest that the job takes. If it runs and the values of ``prediction`` end for another reason than
-    memory, no other is run, and there is none that runs out of memory. Near the cap it can be chance whether
-    a value runs: both are therefore run three times. The largest has run each time, the next one has run out
-    of memory each time, and it is at most 0.1 % larger, or one step, unless values between the two did
-    either. After ``most_runs``, or after a run that fails for another reason, the answer is as far as it got.
+    ``run`` trains a value under a cap in bytes. The first value is the largest safe one of ``prediction``, or
+    the smallest that the job takes. The largest value is sought under `reduced_cap`, until it has run twice
+    there and the next one, a step or 0.1 % larger, has run out of memory. From that on, values are run under
+    the cap itself, until one has run out of memory twice. Those between the two are too near the cap to tell.
+
+    If the first value runs and the values of ``prediction`` end for another reason than memory, no other is
+    run, and there is none that runs out of memory. After ``most_runs``, or after a run that fails for another
+    reason, the answer is as far as it got.
     """
     first = prediction.safe or prediction.safe_next
     assert first is not None
+    reduced, cap = reduced_cap(prediction.cap_bytes), prediction.cap_bytes
     done: list[MeasuredSize] = []
-    runs: dict[int, MeasuredSize] = {}  # of each value one: if it ran out of memory once, that one
-    value: int | None = first.value
-    while value is not None and len(done) < most_runs:
-        size = run(value)
+    next_run: tuple[int, int] | None = (first.value, reduced)
+    while next_run is not None and len(done) < most_runs:
+        size = run(*next_run)
         done.append(size)
-        if value not in runs or size.outcome is not OutcomeKind.OK:
-            runs[value] = size
         if size.outcome not in (OutcomeKind.OK, OutcomeKind.OOM):
             break
         if prediction.limit != "memory" and all(r.outcome is OutcomeKind.OK for r in done):
             break
-        value = _next_value(runs, prediction)
-        if value is None:
-            value = _unconfirmed_value(done, runs, prediction)
+        largest = _value_to_run([r for r in done if r.cap_bytes == reduced], prediction, reduced)
+        following = None if largest else _next_to_run(done, prediction)
+        next_run = (largest, reduced) if largest else (following, cap) if following else None
+    worst = _worst_runs(r for r in done if r.cap_bytes == reduced)
     return MeasuredLargest(
         steps=MEASURED_STEPS,
-        ran=runs.get(_bounds(runs)[0]),
-        died=_always_died(done, runs),
+        ran=worst.get(_bounds(worst)[0]),
+        died=_always_died(done, cap),
         runs=tuple(sorted(done, key=lambda size: size.value)),
     )
 
 
-def _unconfirmed_value(
-    done: Sequence[MeasuredSize], runs: Mapping[int, MeasuredSize], prediction: LargestValue
-) -> int | None:
-    """Return a value that must be run once more: the largest that ran, until it has run three times; then the
-    smallest of those above all that ran, until it has run out of memory three times. If there is none, it is
-    as far above all that ran as the next value is, twice as far for each further value that did either. None
-    if none must be run, or if no value ran out of memory."""
-    low, high = _bounds(runs)
-    counts = Counter(size.value for size in done)
+def _worst_runs(runs: Iterable[MeasuredSize]) -> dict[int, MeasuredSize]:
+    """Return, by value, one of its runs: one that did not end well if there is one."""
+    worst: dict[int, MeasuredSize] = {}
+    for size in runs:
+        if size.value not in worst or size.outcome is not OutcomeKind.OK:
+            worst[size.value] = size
+    return worst
+
+
+def _value_to_run(done: Sequence[MeasuredSize], prediction: LargestValue, cap_bytes: int) -> int | None:
+    """Return the value that must be run next under ``cap_bytes``, under which ``done`` ran, to find the
+    largest that does: a new one, or the largest that ran once more. None if it is known."""
+    worst = _worst_runs(done)
+    value = _next_value(worst, prediction, cap_bytes)
+    if value is not None:
+        return value
+    low, _ = _bounds(worst)
+    count = sum(size.value == low for size in done)
+    return low if 0 < count < _CONFIRMED else None
+
+
+def _next_to_run(done: Sequence[MeasuredSize], prediction: LargestValue) -> int | None:
+    """Return the value that must be run next under the cap to find the smallest that runs out of memory: at
+    first the smallest that did so under less, then the same again, or one above all that ran: by a step after the
+    first two of them, then by twice as many after each. None if it is known, or if the job refuses that value."""
+    cap = prediction.cap_bytes
+    _, high = _bounds(_worst_runs(size for size in done if size.cap_bytes != cap))
     if high is None:
         return None
-    if 0 < counts[low] < _CONFIRMED:
-        return low
-    died = _always_died(done, runs)
+    died = _always_died(done, cap)
     if died is not None:
-        return died.value if counts[died.value] < _CONFIRMED else None
-    ran = max(_values_that_ran(done), default=0)
-    did_either = sum(runs[v].outcome is OutcomeKind.OOM for v in _values_that_ran(done) if v > low)
-    value = ran + (_above(ran, prediction.step) - ran) * 2 ** max(0, did_either - 1)
+        count = sum(size.value == died.value and size.cap_bytes == cap for size in done)
+        return died.value if count < _CONFIRMED else None
+    ran = {size.value for size in done if size.cap_bytes == cap and size.outcome is OutcomeKind.OK}
+    step = _above(high, prediction.step) - high
+    value = max(ran) + step * 2 ** max(0, len(ran) - 2) if ran else high
     refused = min((t.value for t in prediction.traced if t.problem and t.value >= high), default=None)
     return value if refused is None or value < refused else None
 
 
-def _values_that_ran(done: Sequence[MeasuredSize]) -> set[int]:
-    return {size.value for size in done if size.outcome is OutcomeKind.OK}
-
-
-def _always_died(done: Sequence[MeasuredSize], runs: Mapping[int, MeasuredSize]) -> MeasuredSize | None:
-    """Return a run of the smallest value that ran out of memory each time and is larger than all that ran at
-    least once. None if there is none."""
-    ran = max(_values_that_ran(done), default=0)
-    dead = [v for v, size in runs.items() if size.outcome is OutcomeKind.OOM and v > ran]
-    return runs[min(dead)] if dead else None
+def _always_died(done: Sequence[MeasuredSize], cap_bytes: int) -> MeasuredSize | None:
+    """Return a run of the smallest value that ran out of memory under ``cap_bytes`` each time and is larger
+    than all that ran. None if there is none."""
+    ran = max((size.value for size in done if size.outcome is OutcomeKind.OK), default=0)
+    dead = [size for size in done if size.cap_bytes == cap_bytes and size.outcome is OutcomeKind.OOM]
+    return min((size for size in dead if size.value > ran), key=lambda size: size.value, default=None)
 
 
 def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
@@ -118,11 +142,11 @@ def _above(value: int, step: int) -> int:
     return value + max(step, int(_RESOLUTION * value) // step * step)
 
 
-def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> int | None:
+def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue, cap_bytes: int) -> int | None:
     """Return the next value to run: where memory, as measured at the largest value that ran, is predicted to
-    reach the cap; after three runs, every second time the middle between the largest that ran and the next
-    that did not. If none ran, it is 0.9 times the smallest that ran out of memory. None if the values next to
-    each other were run, or the job refuses all others."""
+    reach ``cap_bytes``; after three runs, every second time the middle between the largest that ran and the
+    next that did not. If none ran, it is 0.9 times the smallest that ran out of memory. None if the values
+    next to each other were run, or the job refuses all others."""
     step = prediction.step
     low, high = _bounds(runs)
     least = _above(low, step) - low
@@ -145,9 +169,9 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue) -> i
     target = low + step
     most = 2 * low if high is None else high - step
     most = most if refused is None else min(most, refused - step)
-    while target < most and _expected_bytes_at(points, target) * ratio <= prediction.cap_bytes:
+    while target < most and _expected_bytes_at(points, target) * ratio <= cap_bytes:
         target += max(step, (most - target) // 2 // step * step)
-    while target > low + step and _expected_bytes_at(points, target) * ratio > prediction.cap_bytes:
+    while target > low + step and _expected_bytes_at(points, target) * ratio > cap_bytes:
         target -= max(step, (target - low) // 8 // step * step)
     return min(max(low + least, target), most)
 
@@ -163,7 +187,7 @@ def _expected_bytes_at(points: Sequence[TracedSize], value: int) -> float:
     return left.expected_bytes + slope * (value - left.value)
 
 
-def with_boundary(run: Callable[[int], MeasuredSize], prediction: LargestValue) -> LargestValue:
+def with_boundary(run: Callable[[int, int], MeasuredSize], prediction: LargestValue) -> LargestValue:
     """Return ``prediction`` with its ``measured``: the largest value that runs and the next one that runs out
     of memory, as `find_boundary` finds them."""
     return dataclasses.replace(prediction, measured=find_boundary(run, prediction))

@@ -230,7 +230,14 @@ def _row(  # noqa: PLR0913
         )
         if measure:
             result = with_boundary(
-                lambda value: _train(request, sizes, plan, {**fixed, target.name: value}, value, progress),
+                lambda value, cap_bytes: _train(
+                    dataclasses.replace(request, cap_bytes=cap_bytes),
+                    sizes,
+                    plan,
+                    {**fixed, target.name: value},
+                    value,
+                    progress,
+                ),
                 result,
             )
     except UserError as error:
@@ -295,7 +302,7 @@ def _train(
         timeout_s=request.timeout_s,
         source_digest=source_digest(ref.spec),
     )
-    return measured_size(value, measure_spec(spec))
+    return measured_size(value, request.cap_bytes or 0, measure_spec(spec))
 
 
 def _workspaces(request: Request, base: Predictor) -> Callable[[Predictor, Plan], None]:
