@@ -256,6 +256,17 @@ _BUS_ERROR = (
         ("slurmstepd: error: *** JOB 9 CANCELLED AT 2024 DUE TO TIME LIMIT ***", "not-memory", "likely"),
         ("Received signal 15: SIGTERM, shutting down", "not-memory", "likely"),
         ('"OOMKilled": false,\n"ExitCode": 1', "unknown", "unknown"),
+        ("slurmstepd: error: *** STEP 9.0 ON gpu012 CANCELLED AT 2026 ***", "not-memory", "likely"),
+        ("SignalException: Process 12 got signal: 15", "not-memory", "likely"),
+        ("Your session crashed after using all available RAM.", "host-killed", "certain"),
+        ("エポック 1 損失 0.5\n強制終了", "host-killed", "likely"),
+        (
+            "step 200 loss 2.0\ntorch.OutOfMemoryError: CUDA out of memory. Tried to al",
+            "late-growth",
+            "likely",
+        ),
+        ("RuntimeError: CUDA out of memory.", "tensors-too-large", "likely"),
+        ("jaxlib.xla_extension.XlaRuntimeError: RESOURCE_EXHAUSTED: 9.50G", "unknown", "unknown"),
         ("epoch 1 loss 0.3\nepoch 2 loss 0.2\ndone", "unknown", "unknown"),
         ("", "unknown", "unknown"),
     ],
@@ -265,6 +276,73 @@ def test_a_death_without_a_traceback_is_named_as_surely_as_the_text_allows(
 ) -> None:
     diagnosis = diagnose_log(text)
     assert (diagnosis.cause, diagnosis.certainty) == (cause, certainty)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RuntimeError: Bad StatusOr access: RESOURCE_EXHAUSTED: Attempting to reserve 12.12G at the bottom",
+        "tensorflow.python.framework.errors_impl.ResourceExhaustedError: OOM when allocating tensor",
+        "RuntimeError: level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "RuntimeError: Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)",
+        "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+        "triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 163840",
+    ],
+)
+def test_an_error_that_speaks_of_full_memory_is_not_surely_another_one(error: str) -> None:
+    diagnosis = diagnose_log(traceback("y = model(x)", error=error))
+    assert diagnosis.cause is DeathCause.UNKNOWN
+    assert DeathCause.TENSORS_TOO_LARGE in diagnosis.alternatives
+    assert diagnosis.line == "/me/train.py:7"
+
+
+def test_a_buffer_that_metal_refuses_is_a_lack_of_memory() -> None:
+    diagnosis = diagnose_log(traceback("y = model(x)", error="RuntimeError: Invalid buffer size: 20.25 GB"))
+    assert (diagnosis.cause, diagnosis.memory) == (DeathCause.TENSORS_TOO_LARGE, "device")
+    assert diagnosis.figures["request_bytes"] == 20.25 * GIB
+
+
+@pytest.mark.parametrize(
+    ("progress", "cause"),
+    [
+        ("Epoch 5:   0%|          | 0/500 [00:00<?, ?it/s]", DeathCause.LATE_GROWTH),
+        ("Epoch [3/10], Step [1/600], Loss: 0.1", DeathCause.LATE_GROWTH),
+        ("Train Epoch: 1 [25600/60000 (43%)]\tLoss: 0.241", DeathCause.LATE_GROWTH),
+        ("Epoch 4/9  ━━━━╸━━━━ 210/512 0:01:11 • 0:01:50 2.76it/s train_loss: 0.112", DeathCause.LATE_GROWTH),
+        ("[7/100] train loss 1.2 val loss 1.3", DeathCause.LATE_GROWTH),
+        ("iter 0: loss 10.9, time 20000ms", DeathCause.TENSORS_TOO_LARGE),  # of ten iterations, one is logged
+        ("Continuing training from global step 4500\n  0%| | 0/9000 [00:00<?]", DeathCause.TENSORS_TOO_LARGE),
+    ],
+)
+def test_what_a_log_leaves_out_makes_its_first_step_only_likely(progress: str, cause: DeathCause) -> None:
+    diagnosis = diagnose_log(f"{progress}\n{traceback('y = model(x)', error=_CUDA)}")
+    assert (diagnosis.cause, diagnosis.certainty) == (cause, Certainty.LIKELY)
+    assert "the log shows no finished step" not in diagnosis.evidence
+
+
+def test_a_function_that_evaluates_anything_else_is_not_surely_an_evaluation() -> None:
+    log = "step 100 loss 2.0\nstep 200 loss 1.9\n"
+    diagnosis = diagnose_log(log + _calls("train", "evaluate_energy", "forward"))
+    assert (diagnosis.cause, diagnosis.certainty) == (DeathCause.EVALUATION, Certainty.LIKELY)
+    assert diagnosis.alternatives == (DeathCause.LATE_GROWTH,)
+
+
+def test_a_training_that_a_search_evaluates_is_no_evaluation() -> None:
+    log = "step 100 loss 2.0\nstep 200 loss 1.9\n"
+    assert diagnose_log(log + _calls("search", "evaluate", "fit", "forward")).cause is DeathCause.LATE_GROWTH
+    assert diagnose_log(log + _calls("fit", "evaluate", "forward")).cause is DeathCause.EVALUATION
+
+
+def _calls(*functions: str) -> str:
+    frames = "".join(f'  File "/w/train.py", line 10, in {f}\n    y = call(x)\n' for f in functions)
+    return f"Traceback (most recent call last):\n{frames}{_CUDA}"
+
+
+_CUDA = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+    "23.65 GiB of which 1.11 GiB is free. Of the allocated memory 21.64 GiB is allocated by PyTorch, and "
+    "439.94 MiB is reserved by PyTorch but unallocated."
+)
 
 
 def test_a_code_that_many_faults_share_stays_unknown() -> None:
@@ -698,6 +776,7 @@ def test_an_error_after_one_of_memory_is_not_surely_the_reason() -> None:
         ((0.0, 0.0, 0.0, 0.0, 0.0), None),
         ((0.0, 0.0, 0.0, 0.0, 7.0), None),
         ((1.0,), None),
+        ((1.0, 2.0, 3.0, 4.0, 9.0), None),  # a counter
     ],
 )
 def test_the_last_sample_is_an_outlier_above_what_was_logged_before(

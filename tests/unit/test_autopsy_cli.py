@@ -182,6 +182,12 @@ def test_the_prediction_is_compared_and_the_nearest_plan_named(
     assert comparison["step_ratio"] >= 1
 
 
+def test_a_log_in_utf_16_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "log"  # as `python train.py > log` writes it in Windows PowerShell
+    path.write_text("step 2 loss 0.1\nKilled\n", encoding="utf-16")
+    assert json_of(capsys, path)["cause"] == "host-killed"
+
+
 def test_a_run_of_memfit_that_dies_is_explained_in_a_line() -> None:
     first = diagnose_run("MemoryError", 0)
     assert (first.cause, first.certainty) == (DeathCause.TENSORS_TOO_LARGE, Certainty.CERTAIN)

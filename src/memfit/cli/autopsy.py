@@ -179,13 +179,13 @@ def _diagnosis_of(name: str) -> Diagnosis:
 
     if name == "-":
         stream = sys.stdin.buffer
-        data = stream.read(4096)
+        data = head = stream.read(4096)
         if is_snapshot(data):
             data += stream.read(max(0, LARGEST_BYTES + 1 - len(data)))  # one byte more is refused
             return rules.diagnose_snapshot(parse_snapshot(data, what="standard input"))
         while more := stream.read(_MOST_TEXT_BYTES):
             data = (data + more)[-_MOST_TEXT_BYTES:]
-        return rules.diagnose_log(data.decode("utf-8", "replace"))
+        return rules.diagnose_log(_text_of(data, head))
     path = Path(name)
     with open_regular(path) as file:
         head = file.read(4096)
@@ -196,7 +196,14 @@ def _diagnosis_of(name: str) -> Diagnosis:
         return rules.diagnose_snapshot(read_snapshot(path))
     if rules.is_record(head):
         return rules.diagnose_record(read_records(path))
-    return rules.diagnose_log(text.decode("utf-8", "replace"))
+    return rules.diagnose_log(_text_of(text, head))
+
+
+def _text_of(data: bytes, head: bytes) -> str:
+    """Return the text of a log, or of its end. ``head``: the log's first bytes, which mark UTF-16, as the
+    redirection of Windows PowerShell writes it."""
+    marks = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+    return data.decode(marks.get(head[:2], "utf-8"), "replace").lstrip("\ufeff")
 
 
 def _compare(

@@ -51,12 +51,19 @@ _AMBIGUOUS: Final = re.compile(
     r"CU\w+_STATUS_(?:NOT_INITIALIZED|INTERNAL_ERROR)|unable to find an engine to execute|"
     r"GET was unable to find an engine"
 )
+# Words for full memory in errors that are not of torch's allocators: XLA, TensorFlow, SYCL, engines.
+_FULL: Final = re.compile(
+    r"out of (?:\w+ )?memory|\bOOM\b|OUT_OF(?:_\w+)?_(?:MEMORY|RESOURCES)|RESOURCE_?EXHAUSTED|"
+    r"(?:no available|not enough|insufficient) (?:\w+ )?memory|OutOf(?:\w*Memory|Resources)",
+    re.IGNORECASE,
+)
 _RECORD: Final = re.compile(rb'\s*\{"kind": ?"(?:command|start|step|values|alarm|end|exit)"')
 _SKIPPED: Final = re.compile(r"skip\w*|retry\w*|retrying|attempting to recover", re.IGNORECASE)
 _OTHER_ENDS: Final = (
     (re.compile(r"[Ww]atchdog caught collective operation timeout"), "a collective operation timed out"),
     (re.compile(r"DUE TO TIME LIMIT|TIMEOUT|time limit exceeded", re.IGNORECASE), "it reached a time limit"),
-    (re.compile(r"\bSIGTERM\b|signal 15\b|Terminated\s*$|PREEMPTION"), "it was told to stop (SIGTERM)"),
+    (re.compile(r"\bSIGTERM\b|signal:? 15\b|Terminated\s*$|PREEMPTION"), "it was told to stop (SIGTERM)"),
+    (re.compile(r"\bCANCELLED\b"), "it was cancelled"),
     (re.compile(r"^\W*KeyboardInterrupt"), "it was interrupted (Ctrl-C)"),
     (re.compile(r"Segmentation fault|SIGSEGV"), "it crashed (segmentation fault)"),
     (re.compile(r"No space left on device"), "a disk was full"),
@@ -202,7 +209,18 @@ def _library_failure(lines: Sequence[str], last: TracebackText | None) -> Diagno
             [f"a library failed in a way that lack of memory and other faults can cause: {message[:200]}"],
             alternatives=[DeathCause.OUTSIDE_TORCH, DeathCause.NOT_MEMORY],
         )
-    return None
+    return _foreign_failure(message) if _FULL.search(message) else None
+
+
+def _foreign_failure(message: str) -> Diagnosis:
+    """Return the diagnosis of an error that speaks of full memory, but is of none of torch's allocators."""
+    text = " ".join(message.split())[:200]
+    return _diagnosis(
+        DeathCause.UNKNOWN,
+        Certainty.UNKNOWN,
+        [f"the last error speaks of full memory, in words of none of torch's allocators: {text}"],
+        alternatives=[DeathCause.TENSORS_TOO_LARGE, DeathCause.OUTSIDE_TORCH, DeathCause.NOT_MEMORY],
+    )
 
 
 def _other_end(lines: Sequence[str], last: TracebackText | None) -> Diagnosis:
@@ -220,6 +238,10 @@ def _other_end(lines: Sequence[str], last: TracebackText | None) -> Diagnosis:
             if pattern.search(line):
                 evidence = [f"{meaning}: {line.strip()[:200]}"]
                 return _diagnosis(DeathCause.NOT_MEMORY, Certainty.LIKELY, evidence)
+    if not any(line.strip() for line in lines):
+        return _diagnosis(DeathCause.UNKNOWN, Certainty.UNKNOWN, ["the text is empty"])
+    if (full := next(filter(_FULL.search, reversed(lines[-200:])), None)) is not None:
+        return _foreign_failure(full)
     evidence = [
         "this text has no error of an allocator, no kill and no traceback but those that another death causes"
     ]
@@ -358,13 +380,17 @@ def _by_phase(phase: PhaseOfDeath, log: TrainingLog) -> _Judgement | None:
             return DeathCause.EVALUATION, Certainty.CERTAIN, evidence, []
         evidence.append("the log shows no training before it")
         return DeathCause.EVALUATION, Certainty.LIKELY, evidence, [DeathCause.TENSORS_TOO_LARGE]
+    if phase.evaluating_function:
+        text = f"it died in {phase.evaluating_function}, which by its name evaluates something"
+        others = [DeathCause.LATE_GROWTH if log.is_late else DeathCause.TENSORS_TOO_LARGE]
+        return DeathCause.EVALUATION, Certainty.LIKELY, [text], others
     if phase.name == "optimizer":
         if phase.adds_state:
             text = "it died while the optimizer made its state, which the first step does"
             return DeathCause.OPTIMIZER_STEP, Certainty.CERTAIN, [text], []
         if not log.is_late:
             text = "it died in the optimizer's step"
-            if log.is_first_step:
+            if log.is_surely_first_step:
                 return DeathCause.OPTIMIZER_STEP, Certainty.CERTAIN, [f"{text}, the first by the log"], []
             return DeathCause.OPTIMIZER_STEP, Certainty.LIKELY, [text], [DeathCause.LATE_GROWTH]
     return None
@@ -405,6 +431,8 @@ def _by_start(log: TrainingLog) -> _Judgement:
     if log.is_first_step:
         text = "no more than one step was finished by the log"
         others = [DeathCause.OPTIMIZER_STEP] if log.last_step == 1 else []
+        others += [DeathCause.CHECKPOINT] if log.is_resumed else []
+        others += [] if log.is_surely_first_step else [DeathCause.LATE_GROWTH]
         certainty = Certainty.LIKELY if others else Certainty.CERTAIN
         return DeathCause.TENSORS_TOO_LARGE, certainty, [text], others
     text = "the log shows no finished step"
@@ -648,6 +676,7 @@ def _log_of(record: RankRecord) -> TrainingLog:
         progress_rows=tuple(range(len(record.steps))),
         memory=memory if values else None,
         samples=(),
+        counts_each_step=True,
     )
 
 
@@ -664,7 +693,13 @@ def diagnose_run(reason: str, steps_done: int, *, message: str = "", device: str
         on = device if message.startswith("OutOfMemoryError") else HOST
         failure = AllocationFailure(device=on, row=0, text=message or reason)
     log = TrainingLog(
-        last_step=steps_done, epochs=0, in_evaluation=False, progress_rows=(), memory=None, samples=()
+        last_step=steps_done,
+        epochs=0,
+        in_evaluation=False,
+        progress_rows=(),
+        memory=None,
+        samples=(),
+        counts_each_step=True,
     )
     return judge(failure, _phase_in(reason), log)
 

@@ -19,7 +19,8 @@ _STATED: Final = re.compile(
     r"oom[-_ ]kill event|Exceeded (?:job|step) memory limit|exceeded memory limit|task \d+: Out Of Memory|"
     r"\bOUT_OF_MEMORY\b|(?:reason|Reason|lastState|status).{0,40}\bOOMKilled\b(?!\W+false)|^\s*OOMKilled\b|"
     r"\"OOMKilled\": true|\bTERM_MEMLIMIT\b|mem(?:ory)? .{0,40}exceeded limit|node running low on memory|"
-    r"systemd-oomd.*Killed|killed by the kernel (?:at its cap|: its group)"
+    r"crashed after using all available RAM|systemd-oomd.*Killed|"
+    r"killed by the kernel (?:at its cap|: its group)"
 )
 _SHARED: Final = re.compile(
     r"insufficient shared memory|out of shared memory|unable to (?:write to file|mmap .*from file) </?torch_|"
@@ -30,7 +31,8 @@ _SHARED: Final = re.compile(
 _SIGKILL: Final = re.compile(
     r"killed by signal: Killed|exit ?code *:? *\(?-9\b|"
     r"exit(?:ed)?(?: with)? (?:code|status)[: =]+\(?(?:137|-9)\b|return code = -9|SIGKILL|"
-    r"Exit Code: *137|^\s*Killed\s*$|\b\d+ Killed\s{3,}\S|^\S*: line \d+: +\d+ Killed"
+    r"Exit Code: *137|^\s*(?:Killed|強制終了)\s*$|\b\d+ (?:Killed|強制終了)\s{3,}\S|"
+    r"^\S*: line \d+: +\d+ Killed"
 )
 _TRAINER: Final = re.compile(r"python|^pt_|train|torchrun|accelerate|deepspeed|ray|^memfit", re.IGNORECASE)
 

@@ -21,6 +21,11 @@ _DEVICE: Final = re.compile(
     r"\b(?P<kind>CUDA|HIP|XPU|MPS|NPU|[a-z]\w+)(?: backend)? out of memory"
     r"(?=\W+(?:Tried to allocate|\w+ allocated:))"
 )
+# The same, cut off behind it or without figures.
+_BARE: Final = re.compile(
+    r"\b(?:OutOfMemoryError|RuntimeError): (?P<kind>CUDA|HIP|XPU|MPS|NPU)(?: backend)? out of memory"
+)
+_MPS_BUFFER: Final = re.compile(rf"\bInvalid buffer size: {_SIZE}")  # larger than Metal allows for one
 _TRIED: Final = re.compile(r"\bTried to allocate [\d.]+ \w+ \(GPU \d")  # messages cut off at their front
 _HOST: Final = re.compile(
     r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|"
@@ -105,7 +110,10 @@ class AllocationFailure:
 def allocation_failures(lines: Sequence[str]) -> Iterator[AllocationFailure]:
     """Yield the allocation failures that a log reports, in order. A message may go over several lines."""
     for row, line in enumerate(lines):
-        if (match := _DEVICE.search(line)) or (match := _TRIED.search(line)):
+        if match := _MPS_BUFFER.search(line):
+            text = _message(lines, row, match.start())
+            yield AllocationFailure(device="mps", row=row, text=text, request_bytes=_bytes(match.groups()))
+        elif match := _DEVICE.search(line) or _TRIED.search(line) or _BARE.search(line):
             kind = match.groupdict().get("kind", "cuda").lower()
             if kind not in ("of", "ran", "was"):
                 yield _of_device(kind, row, _message(lines, row, match.start()))

@@ -10,14 +10,18 @@ from typing import Final
 from memfit.monitoring.traceback_text import StackFrame
 
 _EVALUATION: Final = re.compile(
-    r"^_*(?:run_|do_)?(?:evaluat\w*|eval(?:_\w+)?|(?:validate|validation|val|test|dev|predict|prediction)"
+    r"^_*(?:run_|do_)?(?:evaluat(?:e|ion)|eval(?:_\w+)?|(?:evaluat(?:e|ion)|validate|validation|val|test|dev|predict|prediction)"
     r"(?:_(?:epoch|step|loop|one_epoch|model|phase|batch|impl))|validate|\w*validation|val|test|sanity_check)$"
 )
 _EVALUATION_CALL: Final = re.compile(
-    r"\b(?:evaluate\w*|validate|validation_step|evaluation_loop|trainer\.(?:test|predict))\("
+    r"\b(?:evaluate(?:_model)?|validate|validation_step|evaluation_loop|trainer\.(?:test|predict))\("
 )
+_EVALUATING: Final = re.compile(r"^_*evaluat\w+$")  # of the model, or of anything else: evaluate_energy
 _TRAINING: Final = re.compile(
     r"^(?:train\w*|fit\w*|_?inner_training_loop|training_\w+|_fit_impl|run_train\w*)$"
+)
+_TRAINING_LOOP: Final = re.compile(
+    r"^(?:train(?!ing_)\w*|fit\w*|_?inner_training_loop|_fit_impl|run_train\w*)$"
 )
 _STEP_CALL: Final = re.compile(r"\b(?:\w*optim\w*|opt\w{0,4}|scaler|accelerator)(?:\[[^\]]*\])?\.step\(")
 _OPTIMIZER_FILE: Final = re.compile(
@@ -44,13 +48,16 @@ _ATTRIBUTE: Final = re.compile(r"\bself\.(\w+)(?:\[[^\]]*\])?\(")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseOfDeath:
-    """``name``: "optimizer", "save", "load", "backward", "forward", "build", "data" or "". ``in_evaluation``
-    and ``in_training``: calls of an evaluation or a training loop are among the frames. ``adds_state``: the
-    optimizer was making its state. ``module``: attributes of the model that forward calls went through.
+    """``name``: "optimizer", "save", "load", "backward", "forward", "build", "data" or "". ``in_evaluation``:
+    a call of an evaluation is among the frames, with no training loop in it. ``evaluating_function``: a
+    function that only by its name may be one, "" if none. ``in_training``: calls of a training loop are among
+    the frames. ``adds_state``: the optimizer was making its state. ``module``: attributes of the model that
+    forward calls went through.
     """
 
     name: str = ""
     in_evaluation: bool = False
+    evaluating_function: str = ""
     in_training: bool = False
     adds_state: bool = False
     module: str = ""
@@ -64,9 +71,12 @@ def phase_of(frames: Sequence[StackFrame]) -> PhaseOfDeath:
     in_backward = any(_is_backward(f) for f in frames)
     activities = [n for f in reversed(frames) if (n := _activity(f))]
     name = next((n for n in activities if n != "build"), "build" if activities else "")  # others build, too
+    loops = [f for f in frames if _TRAINING_LOOP.match(_function(f))]
+    inner = frames[frames.index(loops[-1]) :] if loops else frames  # of a search that evaluates trainings
     return PhaseOfDeath(
         name="backward" if in_backward and name == "forward" else name,
-        in_evaluation=any(_is_evaluation(f) for f in frames),
+        in_evaluation=any(_is_evaluation(f) for f in inner),
+        evaluating_function=next((n for f in inner if _EVALUATING.match(n := _function(f))), ""),
         in_training=any(_TRAINING.match(_function(f)) for f in frames),
         adds_state=name == "optimizer" and _adds_state(frames),
         module=_module(frames),

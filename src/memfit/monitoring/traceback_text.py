@@ -25,7 +25,8 @@ _NOTEBOOK: Final = re.compile(
 )
 _ARROW: Final = re.compile(r"^\s*(?:-+>|❱)\s*(?P<line>\d+)\s(?P<code>.*)")
 _ERROR: Final = re.compile(
-    r"^(?P<type>(?:[A-Za-z_]\w*\.)*_*[A-Z]\w*(?:Error|Exception|Interrupt|Exit))\b(?::\s?(?P<message>.*)|\s*)$"
+    r"^(?P<type>(?:[A-Za-z_]\w*\.)*_*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)|"
+    r"(?:[A-Za-z_]\w*\.)+[A-Z]\w*|StopIteration)\b(?::\s?(?P<message>.*)|\s*)$"
 )
 _LIBRARIES: Final = (
     "site-packages/", "dist-packages/", "/lib/python3", "/python3.", "/torch/", "<frozen", "<string>",

@@ -16,7 +16,15 @@ _OTHER_BAR: Final = re.compile(
     re.IGNORECASE,
 )
 _EVALUATION: Final = re.compile(r"\b(?:valid\w*|val|eval\w*|test\w*|predict\w*)\b", re.IGNORECASE)
-_BAR: Final = re.compile(r"(\d+)/(\d+) \[")
+_TRAINED: Final = re.compile(r"\btrain", re.IGNORECASE)  # a line of both tells of the training
+_BAR: Final = re.compile(r"(\d+)/(\d+) (?:\[|\d+:\d\d:\d\d\b)")
+_BRACKET: Final = re.compile(r"^\W*\[\s*(\d+)\s*/\s*\d+\s*\]")
+_SAMPLES_DONE: Final = re.compile(r"\[(\d+)/\d+ \(\s*\d+%\)\]")
+_RESUMED: Final = re.compile(
+    r"\b(?:resum(?:ed|ing)|continuing training|restor(?:ed|ing))\b.{0,80}"
+    r"(?:checkpoint|ckpt|step|epoch|\.pth?\b)",
+    re.IGNORECASE,
+)
 _STEP: Final = re.compile(
     r"\b(?:global[_ ]?step|step|iter(?:ation)?|it|batch|num_updates|update)s?\s*[=:#]?\s*\[?\s*(\d+)\b",
     re.IGNORECASE,
@@ -35,7 +43,8 @@ _NUMBER: Final = re.compile(
 _MEMORY: Final = re.compile(r"mem|alloc|reserv|vram|\brss", re.IGNORECASE)
 _CURRENT: Final = re.compile(r"^(?!.*(?:max|peak|reserv)).*alloc", re.IGNORECASE)
 _SAMPLE: Final = re.compile(
-    r"longest|max_?(?:len|size|seq)|seq_?len|\blengths?\b|tokens?\b|atoms|nodes|residues|frames|pixels",
+    r"^(?!.*(?:seen|total|\bsec|/s|throughput|speed)).*"
+    r"(?:longest|max_?(?:len|size|seq)|seq_?len|\blengths?\b|tokens?\b|atoms|nodes|residues|frames|pixels)",
     re.IGNORECASE,
 )
 _UNIT: Final = {"K": KIB, "M": MIB, "G": GIB, "T": 2**40}
@@ -87,7 +96,9 @@ class TrainingLog:
     step, None if none is printed. ``epochs``: number of different epochs. ``in_evaluation``: the last
     progress is that of an evaluation. ``progress_rows``: indices of lines that show progress of the training.
     ``memory``: the series of memory with most values, None if none is printed. ``samples``: series of the
-    sizes of samples.
+    sizes of samples. ``last_epoch``: the highest number of an epoch beside a step or something measured, 0 if
+    none is printed. ``counts_each_step``: whether no step is left out, as in a progress bar. ``is_resumed``:
+    the training went on from a checkpoint.
     """
 
     last_step: int | None
@@ -96,22 +107,32 @@ class TrainingLog:
     progress_rows: tuple[int, ...]
     memory: NumberSeries | None
     samples: tuple[NumberSeries, ...]
+    last_epoch: int = 0
+    counts_each_step: bool = False
+    is_resumed: bool = False
 
     @property
     def is_late(self) -> bool:
-        """Whether the log shows at least step 2 or two epochs."""
-        return (self.last_step or 0) >= 2 or self.epochs >= 2
+        """Whether the log shows at least step 2, two epochs, or an epoch after the number 1."""
+        return (self.last_step or 0) >= 2 or self.epochs >= 2 or self.last_epoch >= 2
 
     @property
     def is_first_step(self) -> bool:
-        """Whether the log shows steps, but none after step 1, and at most one epoch."""
-        return self.last_step is not None and self.last_step <= 1 and self.epochs <= 1
+        """Whether the log shows steps, but none after step 1, and no epoch after the first."""
+        return self.last_step is not None and not self.is_late
+
+    @property
+    def is_surely_first_step(self) -> bool:
+        """Whether the log shows the first step, and no other reading is left: each step is counted, the
+        training was not resumed, and the epoch cannot be the second, counted from 0."""
+        return self.is_first_step and self.counts_each_step and not self.is_resumed and self.last_epoch == 0
 
 
 def read_training_log(lines: Sequence[str]) -> TrainingLog:
     """Return what ``lines``, a log up to the end of the training, tell about it."""
     steps: list[int] = []
     epochs: set[int] = set()
+    last_epoch = 0
     rows: list[int] = []
     in_evaluation = False
     series: dict[str, list[tuple[int, float, bool]]] = {}
@@ -123,12 +144,14 @@ def read_training_log(lines: Sequence[str]) -> TrainingLog:
             series.setdefault(key, []).append((row, value, has_unit))
         numbers, epoch = steps_of_row.get(row, []), _EPOCH.search(line)
         if numbers or epoch:
-            in_evaluation = _EVALUATION.search(line) is not None
+            in_evaluation = _EVALUATION.search(line) is not None and not _TRAINED.search(line)
         if in_evaluation:
             continue
         steps += numbers
         if epoch:
-            epochs.add(int(float(epoch[1])))
+            epochs.add(number := int(float(epoch[1])))
+            if numbers or _MEASURED.search(line):
+                last_epoch = max(last_epoch, number)
         if numbers or _LOGGED_LOSS.search(line):
             rows.append(row)
         if _LOGGED_LOSS.search(line):
@@ -142,16 +165,21 @@ def read_training_log(lines: Sequence[str]) -> TrainingLog:
         progress_rows=tuple(rows),
         memory=max(memory, key=lambda s: (len(s.values), s.is_current), default=None),
         samples=tuple(s for s in all_series.values() if _SAMPLE.search(s.key) and not _MEMORY.search(s.key)),
+        last_epoch=last_epoch,
+        counts_each_step=any(_BAR.search(line) for line in lines),
+        is_resumed=any(_RESUMED.search(line) for line in lines),
     )
 
 
 def outlier_factor(series: NumberSeries, row_count: int) -> float | None:
     """Return the last value of ``series`` divided by the highest value before it. None if the ratio is below
-    1.3, if there are fewer than four values before it, if all of these are 0, or if the last value is in none
-    of the last three of ``row_count`` lines."""
+    1.3, if there are fewer than four values before it, if these only grow, as a counter does, if all of them
+    are 0, or if the last value is in none of the last three of ``row_count`` lines."""
     *earlier, last = series.values
     highest = max(earlier, default=0.0)
     if len(earlier) < 4 or series.rows[-1] < row_count - _NEAR or not highest or last < 1.3 * highest:
+        return None
+    if all(b > a for a, b in itertools.pairwise(earlier)):
         return None
     return last / highest
 
@@ -165,17 +193,16 @@ def _steps(lines: Sequence[str]) -> dict[int, list[int]]:
     for row, line in enumerate(lines):
         if _OTHER_BAR.search(line):
             continue
-        matches = [*_BAR.finditer(line), *_IN_EPOCH.finditer(line)]
-        matches += [yolo] if (yolo := _YOLO.match(line)) else []
-        is_measured = _MEASURED.search(line) is not None
-        for match in _STEP.finditer(line):
-            if is_measured:
-                matches.append(match)
-            else:
-                text = _DIGITS.sub("", line[: match.start(1)])
-                rows_of_text.setdefault(text, []).append((row, int(match[1])))
-        if matches:
+        named, is_measured = list(_STEP.finditer(line)), _MEASURED.search(line) is not None
+        matches = [*_BAR.finditer(line), *_IN_EPOCH.finditer(line), *(named if is_measured else ())]
+        firsts = (_YOLO.match(line), _BRACKET.match(line) if is_measured else None)
+        if matches := [*matches, *filter(None, firsts)]:
             steps[row] = [int(m[1]) for m in matches]
+        elif samples := _SAMPLES_DONE.search(line):
+            steps[row] = [2 if int(samples[1]) else 0]  # of a loop that prints the samples before its step
+        for match in () if is_measured else named:
+            text = _DIGITS.sub("", line[: match.start(1)])
+            rows_of_text.setdefault(text, []).append((row, int(match[1])))
     for entries in rows_of_text.values():
         if len({step for _, step in entries}) > 1:
             for row, step in entries:
