@@ -841,6 +841,14 @@ def test_the_batch_of_training_arguments_is_divided_whatever_expression_it_is() 
     assert "options.batch * 2 // 4, gradient_accumulation_steps=4)" in edit.diff
 
 
+def test_losses_that_the_trainer_does_not_average_are_said() -> None:
+    split = {"gradient-accumulation": {"micro_batches": 2}}
+    assert any("num_items_in_batch" in r for r in diff(TRAINER, split).remarks)
+    accumulates = TRAINER.replace("=8,  #", "=4, gradient_accumulation_steps=2,  #")
+    assert not any("num_items_in_batch" in r for r in diff(accumulates, split).remarks)
+    assert not any("num_items_in_batch" in r for r in diff(TRAINER, {"bf16-autocast": {}}).remarks)
+
+
 def test_a_batch_that_differs_from_the_plans_is_said() -> None:
     assert "the script trains with 8" in diff(TRAINER, {"bf16-autocast": {}}, batch=16).remarks[0]
 

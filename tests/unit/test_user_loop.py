@@ -240,6 +240,14 @@ def test_clipping_is_that_of_the_worker_and_the_norm_that_before_it() -> None:
     assert float(fit.step()) > 0.1
 
 
+def test_an_infinite_norm_clips_nothing() -> None:
+    model = make_model()
+    fit = memfit.apply(
+        {"optimizer-in-backward": {}}, model, torch.optim.SGD(model.parameters()), clip=float("inf")
+    )
+    run_loop(fit, 2)
+
+
 @pytest.mark.parametrize("samples", [3, 1])
 def test_a_first_batch_of_fewer_samples_than_micro_batches_conforms(samples: int) -> None:
     fit = memfit.apply({"gradient-accumulation": {"micro_batches": 4}}, make_model())

@@ -42,6 +42,11 @@ _DEFAULTS = {
 }
 _BATCH, _STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 _BY_LAUNCH = frozenset({"ddp", "fsdp2", "zero"})
+_UNDIVIDED_LOSS = (
+    "if forward of the model takes **kwargs and its loss ignores num_items_in_batch, as BERT's heads do, the "
+    "Trainer adds up the losses of the micro-batches in place of averaging them, and the gradients become as "
+    "many times as large: set model.accepts_loss_kwargs = False before the Trainer is made"
+)
 _LOADER_ARGUMENTS = ("dataset", "batch_size", "shuffle")  # in the order of DataLoader's
 
 
@@ -307,9 +312,11 @@ def _micro_batch(
 
 
 def _batch_remarks(source: Source, plan: Plan, call: ast.Call) -> Iterator[str]:
-    """Yield one remark if the script reads the batch size of its TrainingArguments and ``call`` states
-    another number of micro-batches than the plan has; else nothing."""
+    """Yield what to check if ``call`` states another number of micro-batches than the plan has; else
+    nothing."""
     old_steps = next((literal(k.value) for k in call.keywords if k.arg == _STEPS), 1)
+    if old_steps != plan.micro_batches:
+        yield _UNDIVIDED_LOSS
     lines = [
         n.lineno
         for n in ast.walk(source.tree)

@@ -131,8 +131,8 @@ class Job:
 
     ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan; ``memfit
     estimate --precision`` finds them. ``clip``: the largest gradient norm, over all parameters and ranks, as
-    in ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema``: the decay of an
-    exponential moving average of the weights, a copy besides the model; True means 0.999; None or False:
+    in ``torch.nn.utils.clip_grad_norm_``; None or infinity: gradients are not clipped. ``ema``: the decay of
+    an exponential moving average of the weights, a copy besides the model; True means 0.999; None or False:
     none. ``workers``: number of DataLoader worker processes per rank, which take host memory.
     ``other_bytes``: of tensors on the device that the training keeps beside all this, such as a data set in
     memory. They are counted in predictions; no run makes them. ``largest_batch_ratio``: bytes of the largest
@@ -141,7 +141,7 @@ class Job:
     a small model, for the test of samples' dependence if this model is too large for it. ``dimensions``: the
     sizes that can be set when the job is loaded; memfit fills it in.
 
-    Raises UserError unless 0 < ``ema`` < 1, ``clip`` is finite and above 0, ``workers`` is a whole number of
+    Raises UserError unless 0 < ``ema`` < 1, ``clip`` is above 0, ``workers`` is a whole number of
     at least 0, ``bound`` is or maps to numbers, ``negative_control`` is one of the above, and ``surrogates``
     come with a ``metric`` and all have different names.
     """
@@ -192,6 +192,8 @@ class Job:
                 f"Job(ema=...), the decay of the moving average of the weights, is {self.ema!r}",
                 allowed="True (0.999), a number above 0 and below 1, or None or False (no average)",
             )
+        if self.clip == math.inf:
+            object.__setattr__(self, "clip", None)  # as loops say that only need the norm
         if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
             raise UserError(
                 f"Job(clip=...), the largest norm of the gradients, is {self.clip!r}",
