@@ -105,8 +105,8 @@ def _value_to_run(done: Sequence[MeasuredSize], prediction: LargestValue, cap_by
 
 def _next_to_run(done: Sequence[MeasuredSize], prediction: LargestValue) -> int | None:
     """Return the value that must be run next under the cap to find the smallest that runs out of memory: at
-    first the smallest that did so under less, then the same again, or one above all that ran: by a step after the
-    first two of them, then by twice as many after each. None if it is known, or if the job refuses that value."""
+    first the smallest that did so under less, then the same again, or one above all that ran: by a step after
+    the first two of them, then by twice as many after each. None if it is known, or if the job refuses it."""
     cap = prediction.cap_bytes
     _, high = _bounds(_worst_runs(size for size in done if size.cap_bytes != cap))
     if high is None:

@@ -31,6 +31,7 @@ from memfit.trace.assumed_values import (
     is_assumed,
     mark_assumed,
 )
+from memfit.trace.deferred_values import DeferredValue, PendingValues, can_defer
 from memfit.types.errors import UserError
 
 MOST_ELEMENTS = 2**20
@@ -51,7 +52,7 @@ class ConcreteValues:
     are not followed. It is infinite if the whole step is computed on real tensors (`real_weights`); then the
     result of an operator that fails has unknown values, while otherwise the error is raised. ``_stale`` holds
     the real storages that are no longer valid, because unknown values have been written into their fake
-    tensors.
+    tensors. Values of large tensors are computed when they are read (`deferred_values`).
     """
 
     def __init__(self) -> None:
@@ -60,6 +61,7 @@ class ConcreteValues:
         self.case = current_case()
         self.draws = 0
         self._stale: dict[int, torch.UntypedStorage] = {}
+        self._pending = PendingValues()
 
     @property
     def follows_all(self) -> bool:
@@ -92,10 +94,15 @@ class ConcreteValues:
         or unknown values have been written into the tensor since. A real tensor is its own values."""
         if type(tensor) is torch.Tensor:
             return tensor  # a real tensor among fake ones
-        real: torch.Tensor | None = getattr(tensor, _NAME, None)
+        real = attached_value(tensor)
         if real is None or (self._stale and real.untyped_storage()._cdata in self._stale):
             return None
         return real
+
+    def _known(self, tensor: Any) -> torch.Tensor | DeferredValue | None:
+        """Return what `of` returns, or the values that wait to be computed."""
+        value = getattr(tensor, _NAME, None)
+        return value if isinstance(value, DeferredValue) and value.waits else self.of(tensor)
 
     def values(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's result on its arguments' known or assumed values; for ``.item()``, the
@@ -220,7 +227,7 @@ class ConcreteValues:
 
     def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's result on real values, marked as assumed if an argument is assumed or if the
-        operator is random.
+        operator is random. It is a `DeferredValue` if it can wait (`can_defer`).
 
         Return None if an argument has no values, if the arguments ask for more than ``max_elements``
         (`_large`), if the operator writes random numbers into an argument, if the host lacks its kernel
@@ -233,9 +240,18 @@ class ConcreteValues:
             with unset_fake_temporarily():
                 return args[0].clone()
         leaves = tensor_leaves((args, kwargs))
-        values = {id(x): self.of(x) for x in leaves}
+        values: dict[int, Any] = {id(x): self._known(x) for x in leaves}
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         is_random_write = is_random and func._schema.is_mutable
+        if not (is_random or func._schema.is_mutable or self.follows_all or None in values.values()):
+            has_deferred = any(isinstance(x, DeferredValue) for x in values.values())
+            if leaves and can_defer(
+                func, leaves, has_deferred=has_deferred, has_device=kwargs.get("device") is not None
+            ):
+                return self._defer(func, args, kwargs, values)
+        if func._schema.is_mutable:
+            self._compute_before_write(written_tensors(func, args, kwargs))
+        values = {id(x): self.of(x) for x in leaves}
         if is_random_write or None in values.values() or _large(args, self.max_elements):
             self._forget(func, args, kwargs)
             return None
@@ -254,10 +270,34 @@ class ConcreteValues:
             mark_assumed((out, written_tensors(func, *real_arguments)))
         return out
 
+    def _defer(
+        self, func: Any, args: Any, kwargs: Mapping[str, Any], values: Mapping[int, Any]
+    ) -> DeferredValue:
+        arguments = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
+        assumed = any(
+            x.is_assumed if isinstance(x, DeferredValue) else is_assumed(x) for x in values.values()
+        )
+        deferred = DeferredValue(func, *arguments, is_assumed=assumed)
+        self._pending.add(deferred)
+        return deferred
+
+    def _compute_before_write(self, written: Iterable[torch.Tensor]) -> None:
+        """Compute the values that wait and are made of one of the ``written`` tensors, while it still has the
+        values that they are made of."""
+        known = [self._known(tensor) for tensor in written]
+        if any(isinstance(value, DeferredValue) for value in known):
+            self._pending.compute()
+        elif storages := frozenset(x.untyped_storage()._cdata for x in known if isinstance(x, torch.Tensor)):
+            self._pending.compute(storages)
+
     def attach(self, out: Any, real: Any) -> None:
         """Attach the values ``real`` to the fake tensors ``out``, one by one. Both have the same structure.
         Tensors of more than ``max_elements``, and pairs whose shapes differ or of which one is no tensor, are
-        left out."""
+        left out. ``real`` may be the `DeferredValue` of one tensor."""
+        if isinstance(real, DeferredValue):
+            if isinstance(out, FakeTensor) and out.numel() <= self.max_elements:
+                setattr(out, _NAME, real)
+            return
         for fake, value in zip(_pytree.tree_leaves(out), _pytree.tree_leaves(real), strict=True):
             has_same_shape = (
                 isinstance(fake, FakeTensor) and isinstance(value, torch.Tensor) and fake.shape == value.shape
@@ -267,7 +307,9 @@ class ConcreteValues:
 
     def _forget(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Treat the values of the tensors that the operator writes to as unknown from now on."""
-        for tensor in written_tensors(func, args, kwargs):
+        written = written_tensors(func, args, kwargs)
+        self._compute_before_write(written)
+        for tensor in written:
             if (real := self.of(tensor)) is not None:
                 storage = real.untyped_storage()
                 self._stale[storage._cdata] = storage
@@ -275,7 +317,13 @@ class ConcreteValues:
 
 def attached_value(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the values attached to a tensor, or None. They may be older than what was written into it."""
-    value: torch.Tensor | None = getattr(tensor, _NAME, None)
+    value: torch.Tensor | DeferredValue | None = getattr(tensor, _NAME, None)
+    if isinstance(value, DeferredValue):
+        value = value.result()
+        if value is None:
+            delattr(tensor, _NAME)
+        else:
+            setattr(tensor, _NAME, value)
     return value
 
 
