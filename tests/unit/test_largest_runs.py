@@ -18,7 +18,7 @@ from torch import nn
 import memfit
 from memfit.cli.largest import _measured_remarks
 from memfit.planner.largest import LargestValue, MeasuredSize, TracedSize
-from memfit.planner.largest_runs import MOST_RUNS, find_boundary, reduced_cap
+from memfit.planner.largest_runs import MOST_RUNS, find_boundary, reserve_bytes
 from memfit.planner.request import Request
 from memfit.runtime import local_machine
 from memfit.types.errors import UserError
@@ -30,7 +30,7 @@ from memfit.workflows.largest import largest
 CAP = 400_000_000
 UNIT = 40_000  # bytes per unit of the value: 10,000 units fill the cap
 MIB = 2**20
-REDUCED = reduced_cap(CAP)
+REDUCED, RAISED = CAP - reserve_bytes(CAP), CAP + reserve_bytes(CAP)
 
 
 def traced(
@@ -88,21 +88,17 @@ def test_the_largest_runs_with_less_than_the_cap_and_the_next_dies_under_it(
     assert result.ran is not None
     assert result.died is not None
     assert result.ran.value % step == 0
-    assert each * result.ran.value <= REDUCED < each * _next(result.ran.value, step)
-    assert each * result.died.value > CAP
-    assert all(REDUCED < each * v <= CAP for v in result.uncertain)
+    near = max(step * each, 0.6 * reserve_bytes(CAP))  # `each` differs from what is expected
+    assert REDUCED - near < each * result.ran.value <= REDUCED
+    assert RAISED < each * result.died.value < RAISED + 3 * near
     assert len(machine.runs) <= MOST_RUNS
     assert machine.runs.count((result.ran.value, REDUCED)) == 2
-    assert machine.runs.count((result.died.value, CAP)) == 2
-
-
-def _next(value: int, step: int) -> int:
-    return value + max(step, int(value / 1000) // step * step)
+    assert machine.runs.count((result.died.value, RAISED)) == 2
 
 
 @given(
     each=st.floats(min_value=0.9 * UNIT, max_value=1.1 * UNIT),
-    noise=st.integers(0, (CAP - REDUCED) // 2),
+    noise=st.integers(0, reserve_bytes(CAP) // 2),
     seed=st.integers(0, 2**16),
 )
 def test_with_noise_below_the_reserve_both_ends_hold_in_every_further_run(
@@ -113,7 +109,7 @@ def test_with_noise_below_the_reserve_both_ends_hold_in_every_further_run(
     assert result.ran is not None
     assert result.died is not None
     assert all(machine.run(result.ran.value, CAP).outcome is OutcomeKind.OK for _ in range(20))
-    assert result.ran.value < result.died.value
+    assert all(machine.run(result.died.value, CAP).outcome is OutcomeKind.OOM for _ in range(20))
     assert not any(result.died.value <= r.value for r in result.runs if r.outcome is OutcomeKind.OK)
 
 
@@ -132,11 +128,9 @@ def test_values_between_the_two_are_named() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("cap", "reduced"), [(128 * MIB, 127.5 * MIB), (800 * MIB, 798 * MIB), (600_000, 300_000)]
-)
-def test_the_reserve_is_half_a_mib_or_a_quarter_percent_and_at_most_half(cap: int, reduced: float) -> None:
-    assert reduced_cap(cap) == reduced
+@pytest.mark.parametrize(("cap", "reserve"), [(128 * MIB, MIB / 2), (800 * MIB, 2 * MIB), (600_000, 300_000)])
+def test_the_reserve_is_half_a_mib_or_a_quarter_percent_and_at_most_half(cap: int, reserve: float) -> None:
+    assert reserve_bytes(cap) == reserve
 
 
 def test_if_the_safe_value_dies_a_smaller_one_is_sought() -> None:
@@ -145,7 +139,7 @@ def test_if_the_safe_value_dies_a_smaller_one_is_sought() -> None:
     assert result.ran is not None
     assert result.ran.value < 9000
     assert result.died is not None
-    assert 0 < result.died.value - result.ran.value <= 0.005 * result.ran.value
+    assert 0 < result.died.value - result.ran.value <= 0.01 * result.ran.value
 
 
 def test_if_nothing_runs_that_is_said() -> None:
@@ -203,7 +197,7 @@ result = memfit.largest(
     model, torch.randn(512, 64), loss=mean_square, memory="32MiB", step=64, measure=True
 )
 measured = result.measured
-assert 64 <= measured.died.value - measured.ran.value <= 4 * 64, measured  # 0.5 MiB are 80
+assert 64 <= measured.died.value - measured.ran.value <= 5 * 64, measured  # 0.5 MiB are 80
 assert result.value == measured.ran.value >= result.safe.value
 assert {run.limit for run in measured.runs} <= {"RLIMIT_DATA", "cgroup"}
 assert all(p.grad is not None for p in model.parameters())  # this process is as it was

@@ -40,7 +40,7 @@ class LargestOptions:
             "--memory: what is free now of the memory of this machine's GPU; otherwise all memory of the "
             "device. With --measure, values are also trained on this machine for three steps each under a "
             "hard cap, in at most 16 runs for each answer, until the largest has run twice with 0.5 MiB "
-            "or 0.25 % less than that size, and the next one has run out of memory twice with that size. "
+            "or 0.25 % less than that size, and the next one has run out of memory twice with as much more. "
             "If nothing fits, the exit code is 3. Not with --from, --diff, --save, --corrected-by, "
             "--deadline, --budget, --micro-batch or --explain-infeasible, and with --lang ja only as "
             "--json. Example: memfit plan "

@@ -77,9 +77,10 @@ class MeasuredSize:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLargest:
     """What ran under the cap, for ``steps`` steps each. ``ran``: the largest value that did so in each of its
-    runs, with less memory than the cap (`planner.largest_runs.reduced_cap`), None if none did; ``died``: the
-    smallest that ran out of memory under the cap each time and is larger than all that ran, None if there is
-    none. ``runs``: all, in ascending order of values, of which one may occur several times."""
+    runs, with a little less memory than the cap, None if none did; ``died``: the smallest that ran out of
+    memory each time, with a little more, and is larger than all that ran, None if there is none
+    (`planner.largest_runs`). ``runs``: all, in ascending order of values, of which one may occur several
+    times."""
 
     steps: int
     ran: MeasuredSize | None

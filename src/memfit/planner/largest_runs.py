@@ -2,7 +2,7 @@
 
 Traces give a safe value and an expected one; what lies between may run out of memory. `find_boundary` runs
 values until one that runs out of memory is next to one that does not. What a process holds differs from run
-to run, so the largest value must run with less memory than the cap.
+to run, so the largest value must run with less memory than the cap, and the next one run out of more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from memfit.planner.largest import LargestValue, MeasuredLargest, MeasuredSize, TracedSize
+from memfit.planner.largest import LargestValue, MeasuredLargest, MeasuredSize
 from memfit.types.result import Measurement, OutcomeKind
 
 MOST_RUNS = 16
@@ -35,24 +35,28 @@ def measured_size(value: int, cap_bytes: int, measurement: Measurement) -> Measu
     )
 
 
-def reduced_cap(cap_bytes: int) -> int:
-    """Return the bytes under which the largest value must run so that it surely runs under ``cap_bytes``:
-    0.5 MiB less, or 0.25 % of the cap if that is more; at least half of the cap. This is more than processes
-    of the same training were seen to differ (benchmarks/largest.md)."""
-    reserve = max(_RESERVE_BYTES, int(cap_bytes * _RESERVE_RATIO))
-    return max(cap_bytes - reserve, cap_bytes // 2)
+def reserve_bytes(cap_bytes: int) -> int:
+    """Return by how much the cap is lowered for the largest value, and raised for the next one: 0.5 MiB, or
+    0.25 % of the cap if that is more; at most half of the cap. This is more than most processes of the same
+    training were seen to differ (benchmarks/largest.md)."""
+    return min(max(_RESERVE_BYTES, int(cap_bytes * _RESERVE_RATIO)), cap_bytes // 2)
 
 
 def find_boundary(
-    run: Callable[[int, int], MeasuredSize], prediction: LargestValue, *, most_runs: int = MOST_RUNS
+    run: Callable[[int, int], MeasuredSize],
+    prediction: LargestValue,
+    *,
+    device_bytes: int | None = None,
+    most_runs: int = MOST_RUNS,
 ) -> MeasuredLargest:
     """Return the largest value that runs and the next one that runs out of memory, among the multiples of
     ``prediction.step``.
 
-    ``run`` trains a value under a cap in bytes. The first value is the largest safe one of ``prediction``, or
-    the smallest that the job takes. The largest value is sought under `reduced_cap`, until it has run twice
-    there and the next one, a step or 0.1 % larger, has run out of memory. From that on, values are run under
-    the cap itself, until one has run out of memory twice. Those between the two are too near the cap to tell.
+    ``run`` trains a value under a cap in bytes; ``device_bytes``: the largest cap that can be set, None for
+    any. The first value is the largest safe one of ``prediction``, or the smallest that the job takes. The
+    largest value is sought under the cap less `reserve_bytes`, until it has run twice there and the next one
+    (`_above`) has run out of memory. Then values are run under the cap and `reserve_bytes` more, until one
+    has run out of memory twice. Those between the two are too near the cap to tell.
 
     If the first value runs and the values of ``prediction`` end for another reason than memory, no other is
     run, and there is none that runs out of memory. After ``most_runs``, or after a run that fails for another
@@ -60,7 +64,9 @@ def find_boundary(
     """
     first = prediction.safe or prediction.safe_next
     assert first is not None
-    reduced, cap = reduced_cap(prediction.cap_bytes), prediction.cap_bytes
+    reserve = reserve_bytes(prediction.cap_bytes)
+    reduced, raised = prediction.cap_bytes - reserve, prediction.cap_bytes + reserve
+    raised = raised if device_bytes is None else min(raised, device_bytes)
     done: list[MeasuredSize] = []
     next_run: tuple[int, int] | None = (first.value, reduced)
     while next_run is not None and len(done) < most_runs:
@@ -71,13 +77,13 @@ def find_boundary(
         if prediction.limit != "memory" and all(r.outcome is OutcomeKind.OK for r in done):
             break
         largest = _value_to_run([r for r in done if r.cap_bytes == reduced], prediction, reduced)
-        following = None if largest else _next_to_run(done, prediction)
-        next_run = (largest, reduced) if largest else (following, cap) if following else None
+        following = None if largest else _next_to_run(done, prediction, raised)
+        next_run = (largest, reduced) if largest else (following, raised) if following else None
     worst = _worst_runs(r for r in done if r.cap_bytes == reduced)
     return MeasuredLargest(
         steps=MEASURED_STEPS,
         ran=worst.get(_bounds(worst)[0]),
-        died=_always_died(done, cap),
+        died=_always_died(done, raised),
         runs=tuple(sorted(done, key=lambda size: size.value)),
     )
 
@@ -103,22 +109,29 @@ def _value_to_run(done: Sequence[MeasuredSize], prediction: LargestValue, cap_by
     return low if 0 < count < _CONFIRMED else None
 
 
-def _next_to_run(done: Sequence[MeasuredSize], prediction: LargestValue) -> int | None:
-    """Return the value that must be run next under the cap to find the smallest that runs out of memory: at
-    first the smallest that did so under less, then the same again, or one above all that ran: by a step after
-    the first two of them, then by twice as many after each. None if it is known, or if the job refuses it."""
-    cap = prediction.cap_bytes
-    _, high = _bounds(_worst_runs(size for size in done if size.cap_bytes != cap))
+def _next_to_run(done: Sequence[MeasuredSize], prediction: LargestValue, cap_bytes: int) -> int | None:
+    """Return the value that must be run next under ``cap_bytes`` to find the smallest that runs out of memory
+    there: at first one whose memory, as measured at the largest that runs, is predicted to be more; then the
+    same again, or one above all that ran, by a step after the first of them, and by twice as many after each
+    other. None if it is known, or if the job refuses it."""
+    low, high = _bounds(worst := _worst_runs(size for size in done if size.cap_bytes != cap_bytes))
     if high is None:
         return None
-    died = _always_died(done, cap)
+    died = _always_died(done, cap_bytes)
     if died is not None:
-        count = sum(size.value == died.value and size.cap_bytes == cap for size in done)
+        count = sum(size.value == died.value and size.cap_bytes == cap_bytes for size in done)
         return died.value if count < _CONFIRMED else None
-    ran = {size.value for size in done if size.cap_bytes == cap and size.outcome is OutcomeKind.OK}
-    step = _above(high, prediction.step) - high
-    value = max(ran) + step * 2 ** max(0, len(ran) - 2) if ran else high
+    ran = {size.value for size in done if size.cap_bytes == cap_bytes and size.outcome is OutcomeKind.OK}
     refused = min((t.value for t in prediction.traced if t.problem and t.value >= high), default=None)
+    value = high
+    if ran:
+        value = max(ran) + (_above(high, prediction) - high) * 2 ** (len(ran) - 1)
+    elif low:
+        factor = _measured_ratio(worst[low], prediction)
+        while _expected_bytes_at(prediction, value) * factor <= cap_bytes and value < 2 * high:
+            value = _above(value, prediction)
+    if refused is not None and value >= refused > high and not ran:
+        value = refused - prediction.step
     return value if refused is None or value < refused else None
 
 
@@ -137,9 +150,19 @@ def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
     return low, high
 
 
-def _above(value: int, step: int) -> int:
-    """Return the value that counts as the next one to ``value``."""
-    return value + max(step, int(_RESOLUTION * value) // step * step)
+def _above(value: int, prediction: LargestValue) -> int:
+    """Return the value that counts as the next one to ``value``: a step larger, or 0.1 %, or as much as
+    needs half of `reserve_bytes`."""
+    step = prediction.step
+    slope = (_expected_bytes_at(prediction, value + step) - _expected_bytes_at(prediction, value)) / step
+    by_memory = reserve_bytes(prediction.cap_bytes) / 2 / slope if slope > 0 else 0.0
+    return value + max(step, int(max(_RESOLUTION * value, min(by_memory, value / 10))) // step * step)
+
+
+def _measured_ratio(size: MeasuredSize, prediction: LargestValue) -> float:
+    """Return the measured memory of a run in terms of the expected memory; 1 if it was not measured."""
+    expected = _expected_bytes_at(prediction, size.value)
+    return size.process_bytes / expected if size.process_bytes and expected else 1.0
 
 
 def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue, cap_bytes: int) -> int | None:
@@ -149,7 +172,7 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue, cap_
     next to each other were run, or the job refuses all others."""
     step = prediction.step
     low, high = _bounds(runs)
-    least = _above(low, step) - low
+    least = _above(low, prediction) - low if low else step
     if high is not None and high - low <= least:
         return None
     refused = min((t.value for t in prediction.traced if t.problem and t.value > low), default=None)
@@ -163,22 +186,21 @@ def _next_value(runs: Mapping[int, MeasuredSize], prediction: LargestValue, cap_
         return max(floor + step, min(high - step, int(high * _LOWER) // step * step))
     if high is not None and len(runs) > _ALTERNATES and len(runs) % 2:
         return (low + high) // 2 // step * step
-    used_bytes, points = runs[low].process_bytes, [t for t in prediction.traced if not t.problem]
-    expected = _expected_bytes_at(points, low)
-    ratio = used_bytes / expected if used_bytes and expected else 1.0
+    ratio = _measured_ratio(runs[low], prediction)
     target = low + step
     most = 2 * low if high is None else high - step
     most = most if refused is None else min(most, refused - step)
-    while target < most and _expected_bytes_at(points, target) * ratio <= cap_bytes:
+    while target < most and _expected_bytes_at(prediction, target) * ratio <= cap_bytes:
         target += max(step, (most - target) // 2 // step * step)
-    while target > low + step and _expected_bytes_at(points, target) * ratio > cap_bytes:
+    while target > low + step and _expected_bytes_at(prediction, target) * ratio > cap_bytes:
         target -= max(step, (target - low) // 8 // step * step)
     return min(max(low + least, target), most)
 
 
-def _expected_bytes_at(points: Sequence[TracedSize], value: int) -> float:
+def _expected_bytes_at(prediction: LargestValue, value: int) -> float:
     """Return the expected bytes at ``value``, on the line through the two traced values next to it (the
     nearest two if it lies outside all); those of the only traced value if there is one."""
+    points = [t for t in prediction.traced if not t.problem]
     if len(points) == 1:
         return points[0].expected_bytes
     index = next((i for i, p in enumerate(points) if p.value >= value), len(points) - 1)
@@ -187,7 +209,10 @@ def _expected_bytes_at(points: Sequence[TracedSize], value: int) -> float:
     return left.expected_bytes + slope * (value - left.value)
 
 
-def with_boundary(run: Callable[[int, int], MeasuredSize], prediction: LargestValue) -> LargestValue:
+def with_boundary(
+    run: Callable[[int, int], MeasuredSize], prediction: LargestValue, *, device_bytes: int | None = None
+) -> LargestValue:
     """Return ``prediction`` with its ``measured``: the largest value that runs and the next one that runs out
     of memory, as `find_boundary` finds them."""
-    return dataclasses.replace(prediction, measured=find_boundary(run, prediction))
+    measured = find_boundary(run, prediction, device_bytes=device_bytes)
+    return dataclasses.replace(prediction, measured=measured)

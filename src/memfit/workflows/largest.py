@@ -239,6 +239,9 @@ def _row(  # noqa: PLR0913
                     progress,
                 ),
                 result,
+                device_bytes=None
+                if request.machine.device.is_host
+                else int(request.machine.device.memory_bytes.value),
             )
     except UserError as error:
         return LargestRow(plan=plan, value=None, result=None, problem=str(error))
