@@ -23,7 +23,14 @@ from memfit.lint.location import locate
 from memfit.report.baseline_drift import compare_baseline, drift_text
 from memfit.report.baseline_file import baseline_text, read_baseline
 from memfit.report.sarif import LEVELS
-from memfit.types.baseline import OTHERS, BaselineFile, BaselineTarget, MemoryBaseline, ModuleMemory
+from memfit.types.baseline import (
+    OTHERS,
+    BaselineFile,
+    BaselineTarget,
+    BlockMemory,
+    MemoryBaseline,
+    ModuleMemory,
+)
 from memfit.types.errors import UserError
 from memfit.workflows.baseline import job_path, target_in, write_baseline
 
@@ -146,6 +153,22 @@ def test_five_percent_more_activations_of_one_module_fail_with_module_and_line(
     # Accepted: what was written again passes.
     assert ask("baseline", "write")[0] == 0
     assert ask("baseline", "check")[0] == 0
+
+
+def test_five_percent_more_in_one_of_several_alike_blocks_fail_with_module_and_line(
+    ask: Ask, tmp_path: Path
+) -> None:
+    ask("baseline", "write", "my_train.py:job")
+    (tmp_path / "my_train.py").write_text(JOB.replace("Encoder(512)", "Encoder(538 if _ == 3 else 512)"))
+    code, out, _ = ask("baseline", "check")
+    assert code == 1
+    assert re.search(r"H100-SXM, forward of one of layers\.\*\.up, my_train.py:15: .* \(\+5.1 %\)", out)
+    # Another order of the same blocks is no growth, nor are fewer of them.
+    assert ask("baseline", "write")[0] == 0
+    text = JOB.replace("Encoder(512)", "Encoder(538 if _ == 1 else 512)")
+    for same_or_less in (text, text.replace("range(6)", "range(5)")):
+        (tmp_path / "my_train.py").write_text(same_or_less)
+        assert ask("baseline", "check")[0] == 0
 
 
 def test_growth_of_the_whole_is_told_by_phase_and_largest_modules(ask: Ask, tmp_path: Path) -> None:
@@ -331,6 +354,18 @@ def test_a_module_drifts_although_the_peak_stays_within_the_tolerance() -> None:
     now = stored(row("mlp", "a.py:9", "h = up(x)", forward_bytes=105 * MIB))
     assert drifts(before, now) == ["forward of mlp, a.py:9: 100 MiB -> 105 MiB (+5.0 %)"]
     assert drifts(before, now, 0.06) == []
+
+
+def test_a_block_is_compared_with_that_of_its_rank() -> None:
+    def of(*sizes: int) -> MemoryBaseline:
+        blocks = (BlockMemory(module="layers.*.up", forward_bytes=sizes),)
+        return stored(row("layers.*.up", forward_bytes=sum(sizes)), blocks=blocks)
+
+    before = of(40 * MIB, 20 * MIB, 20 * MIB)
+    assert drifts(before, of(40 * MIB, 21 * MIB, 20 * MIB)) == [
+        "forward of one of layers.*.up: 20 MiB -> 21 MiB (+5.0 %)"
+    ]
+    assert drifts(before, before) == drifts(before, of(40 * MIB, 20 * MIB)) == []
 
 
 def test_the_line_that_grew_is_named_not_the_largest() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy
 
 from memfit.cost.memory import levels
-from memfit.types.baseline import OTHERS, ModuleMemory
+from memfit.types.baseline import OTHERS, BlockMemory, ModuleMemory
 from memfit.types.trace import Category, Phase, Trace
 
 _STATES: Final = (
@@ -98,6 +98,23 @@ def module_sums(rows: Iterable[ModuleMemory]) -> dict[str, dict[str, int]]:
         for column in COLUMNS:
             of_module[column] += getattr(row, column)
     return sums
+
+
+def block_memory(
+    rows: Iterable[ModuleMemory], fold: Callable[[str], str], peak_bytes: int
+) -> tuple[BlockMemory, ...]:
+    """Return for each module that ``fold`` names together with others what it holds in the single blocks, as
+    far as that is at least 1 % of ``peak_bytes``. ``rows``: with the modules' own paths."""
+    sizes = defaultdict[str, dict[str, list[int]]](lambda: {column: [] for column in COLUMNS})
+    for path, sums in module_sums(rows).items():
+        if (name := fold(path)) != path:
+            for column, size_bytes in sums.items():
+                sizes[name][column] += [size_bytes] if size_bytes >= MODULE_RATIO * peak_bytes else []
+    blocks = (
+        BlockMemory(module=name, **{c: tuple(sorted(by_column[c], reverse=True)) for c in COLUMNS})
+        for name, by_column in sorted(sizes.items())
+    )
+    return tuple(b for b in blocks if any(getattr(b, column) for column in COLUMNS))
 
 
 def largest_modules(rows: Sequence[ModuleMemory], peak_bytes: int) -> tuple[ModuleMemory, ...]:

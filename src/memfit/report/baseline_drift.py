@@ -31,9 +31,10 @@ def compare_baseline(
     A phase has drifted if its peak grew by more than ``tolerance_ratio`` of the stored one. A module has
     drifted if its bytes in a phase grew by more than that share of the stored ones, or of 1 % of the stored
     peak if the module had less. New modules count together, against those that are gone: a renamed module is
-    no drift. A phase that has drifted as a whole has no drifts of single modules; its drift names up to five
-    modules that grew. Reserved memory has drifted if it grew by more than the tolerance and by more than
-    20 MiB, as it is reserved in steps of up to that size.
+    no drift. Of alike blocks, the largest is compared with the largest, and so on. A phase that has drifted
+    as a whole has no drifts of single modules; its drift names up to five modules that grew. Reserved memory
+    has drifted if it grew by more than the tolerance and by more than 20 MiB, as it is reserved in steps of
+    up to that size.
     """
     modules = _Modules(stored, predicted, tolerance_ratio)
     drifts = [*_of_phases(stored, predicted, modules, tolerance_ratio)]
@@ -57,6 +58,7 @@ class _Modules:
     def __init__(self, stored: MemoryBaseline, predicted: MemoryBaseline, tolerance_ratio: float) -> None:
         self._tolerance_ratio, self._least_bytes = tolerance_ratio, MODULE_RATIO * stored.allocated_bytes
         self._rows_before, self._rows_now = stored.modules, predicted.modules
+        self._blocks_before, self._blocks_now = stored.blocks, {b.module: b for b in predicted.blocks}
         self._before, self._now = module_sums(stored.modules), module_sums(predicted.modules)
         listed = self._before.keys() - {OTHERS}
         unlisted = self._now.keys() - listed
@@ -95,11 +97,31 @@ class _Modules:
         gone_bytes = sum(self._before[m][column] for m in self.gone)
         new_bytes = sum(self._now[m][column] for m in self.new)
         has_new = self._is_drift(gone_bytes, new_bytes)
-        return [
+        whole = [
             g
             for g in self.growth((column,))
             if (has_new if g.new else self._is_drift(g.from_bytes, g.to_bytes))
         ]
+        return [*whole, *self._drifted_blocks(column, {g.module for g in whole})]
+
+    def _drifted_blocks(self, column: str, drifted: Collection[str]) -> Iterator[ModuleGrowth]:
+        """Yield the largest growth of a single block in this ``column`` for each module of alike blocks that
+        has not ``drifted`` as a whole. The n-th largest before is compared with the n-th largest now."""
+        for blocks in self._blocks_before:
+            now = self._blocks_now.get(blocks.module)
+            if now is None or blocks.module in drifted:
+                continue
+            pairs = zip(getattr(blocks, column), getattr(now, column), strict=False)
+            grown = [(to_b, from_b) for from_b, to_b in pairs if self._is_drift(from_b, to_b)]
+            if grown:
+                to_bytes, from_bytes = max(grown, key=lambda pair: pair[0] - pair[1])
+                yield ModuleGrowth(
+                    module=blocks.module,
+                    line=self._grown_line(blocks.module, (column,)),
+                    from_bytes=from_bytes,
+                    to_bytes=to_bytes,
+                    single=True,
+                )
 
     def _is_drift(self, from_bytes: int, to_bytes: int) -> bool:
         return to_bytes - from_bytes > self._tolerance_ratio * max(from_bytes, self._least_bytes)
@@ -211,7 +233,8 @@ def _growth_text(growth: ModuleGrowth) -> str:
 
 
 def _growth_name(growth: ModuleGrowth) -> str:
-    return f"{'new module ' if growth.new else ''}{_module_name(growth.module)}"
+    mark = "new module " if growth.new else "one of " if growth.single else ""
+    return f"{mark}{_module_name(growth.module)}"
 
 
 def _module_name(module: str) -> str:

@@ -20,6 +20,7 @@ _HEAD: Final = (
     "# memfit_memory compare new predictions with them. To store new ones: `memfit baseline write`,\n"
     "# `pytest --memfit-update`. Of a module, state_bytes are parameters, gradients, optimizer state and\n"
     "# inputs; the other columns are activations and temporary tensors at the peak of that phase.\n"
+    "# Of alike blocks, modules has the sums, and blocks the bytes of the single ones, largest first.\n"
 )
 
 
@@ -35,8 +36,8 @@ def baseline_text(baseline: BaselineFile) -> str:
 
 def _entry_lines(entry: MemoryBaseline) -> Iterator[str]:
     for name, value in to_plain(entry).items():
-        if name == "modules":
-            yield "modules = [\n"
+        if name in ("modules", "blocks"):
+            yield f"{name} = [\n"
             yield from (f"    {_toml({k: v for k, v in row.items() if v})},\n" for row in value)
             yield "]\n"
         elif value is not None:

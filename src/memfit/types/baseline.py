@@ -43,6 +43,21 @@ class ModuleMemory:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BlockMemory:
+    """What the same module of several alike blocks holds in each of them, by the columns of `ModuleMemory`:
+    the bytes of each block with at least 1 % of the peak, largest first. Which block it is does not count, as
+    the peak may move from one to another. ``module``: its path with a star for the number of the block."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = _STRICT
+
+    module: str
+    state_bytes: tuple[int, ...] = ()
+    forward_bytes: tuple[int, ...] = ()
+    backward_bytes: tuple[int, ...] = ()
+    optimizer_bytes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BaselineTarget:
     """What is predicted for a baseline: one job, or the model of one test, under one plan on one machine.
 
@@ -94,6 +109,7 @@ class MemoryBaseline(BaselineTarget):
     phase_bytes: Mapping[str, int]
     category_bytes: Mapping[str, int]
     modules: tuple[ModuleMemory, ...] = ()
+    blocks: tuple[BlockMemory, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,13 +128,15 @@ class BaselineFile:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleGrowth:
     """A module that holds more bytes than in the baseline, and the line of its code that grew most; "" if no
-    line is known. ``new``: the baseline does not name the module."""
+    line is known. ``new``: the baseline does not name the module. ``single``: the bytes are those of one of
+    several alike blocks."""
 
     module: str
     line: str
     from_bytes: int
     to_bytes: int
     new: bool = False
+    single: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

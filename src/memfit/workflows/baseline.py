@@ -19,7 +19,7 @@ import torch
 
 from memfit import catalog
 from memfit.cost.device_overhead import with_workspaces
-from memfit.cost.module_memory import Place, largest_modules, module_memory
+from memfit.cost.module_memory import Place, block_memory, largest_modules, module_memory
 from memfit.files.replace import only_writer, write_whole
 from memfit.inputs import on_ranks, plan_of
 from memfit.jobs import huggingface
@@ -208,6 +208,8 @@ def predict(target: BaselineTarget, job: Job, plan: Plan, machine: Machine, fold
     estimate = predictor.whole(plan)
     trace = with_workspaces(predictor.trace(plan, estimate.rank), machine.device)
     model = fake_model(job)
+    fold, place = _fold_of(model), _place_in(folder)
+    paths = module_memory(trace, lambda path: path or ROOT, place)
     reserved = estimate.reserved_bytes
     return MemoryBaseline(
         **{f.name: getattr(target, f.name) for f in dataclasses.fields(BaselineTarget)},
@@ -220,7 +222,8 @@ def predict(target: BaselineTarget, job: Job, plan: Plan, machine: Machine, fold
         peak_phase=estimate.peak_phase,
         phase_bytes=dict(estimate.phase_peak_bytes),
         category_bytes=dict(sorted(estimate.at_peak_bytes.items())),
-        modules=module_memory(trace, _fold_of(model), _place_in(folder)),
+        modules=module_memory(trace, fold, place),
+        blocks=block_memory(paths, fold, int(estimate.allocated_bytes.value)),
     )
 
 
