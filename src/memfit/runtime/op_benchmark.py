@@ -28,6 +28,7 @@ _HOST = torch.device(HOST)
 _RNN_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
 _REPEATS = 10
 _CALLS, _FEWEST_CALLS = 9, 2  # per operator
+_HEAVIEST, _CALLS_OF_LIGHT = 64, 4  # the other operators are a small share of a step, and there are hundreds
 _OP_LIMIT_S = 0.1  # no single operator may use up the budget
 _MATMUL_SIZE = 1024
 _DEVICE_MATMUL_SIZE = 4096  # large enough for the matrix units of an accelerator
@@ -52,19 +53,21 @@ def calibrate(
     """Run the operators that ``signatures`` describe (JSON, see `prepare_call`) on ``device`` and return
     their times (medians, in seconds) and peak bytes.
 
-    They are run in order; none is begun after ``timing_s`` seconds. With ``rates``, the machine itself is
-    measured first: matrix products, copies, offloading and the overhead of a call; without, these fields keep
-    their defaults. This takes from the same ``timing_s``, but is never cut short. Operators that cannot run
-    alone are listed in ``not_timed``; those for which no time was left are in no field. ``counter``, of this
-    device, measures the peaks."""
+    They are run in order, which should be that of their share of a step: the first 64 up to nine times each,
+    the others up to four times. None is begun after ``timing_s`` seconds. With ``rates``, the machine itself
+    is measured first: matrix products, copies, offloading and the overhead of a call; without, these fields
+    keep their defaults. This takes from the same ``timing_s``, but is never cut short. Operators that cannot
+    run alone are listed in ``not_timed``; those for which no time was left are in no field. ``counter``, of
+    this device, measures the peaks."""
     start, waited_s = time.perf_counter(), _waited_s()
     machine = _rates(device) if rates else Calibration()
     probes: dict[str, ProbeResult] = {}
     failures: list[str] = []
-    for signature in signatures:
+    for index, signature in enumerate(signatures):
         if time.perf_counter() - start > timing_s:
             break
-        if (result := probe(signature, counter, device)) is not None:
+        calls = _CALLS if index < _HEAVIEST else _CALLS_OF_LIGHT
+        if (result := probe(signature, counter, device, calls)) is not None:
             probes[signature] = result
         else:
             failures.append(signature)
@@ -143,12 +146,14 @@ class ProbeResult(NamedTuple):
     spread_ratio: float = 0.0
 
 
-def probe(signature: str, counter: PeakCounter, device: torch.device = _HOST) -> ProbeResult | None:
-    """Measure one operator on ``device``: run it once for the memory, which ``counter`` counts, then several
-    times for the time. Return None if it cannot run alone (`CANNOT_RUN`)."""
+def probe(
+    signature: str, counter: PeakCounter, device: torch.device = _HOST, calls: int = _CALLS
+) -> ProbeResult | None:
+    """Measure one operator on ``device``: run it once for the memory, which ``counter`` counts, then at most
+    ``calls`` times for the time. Return None if it cannot run alone (`CANNOT_RUN`)."""
     try:
         call, usage = measure_call(signature, counter, device)
-        seconds, spread_ratio = _typical_s(call, device)
+        seconds, spread_ratio = _typical_s(call, device, calls)
         return ProbeResult(seconds, usage.peak_bytes, usage.kept_bytes, spread_ratio)
     except CANNOT_RUN:
         return None
@@ -237,18 +242,20 @@ def _best_s(call: Callable[[], Any], device: torch.device) -> float:
     return min(times_s)
 
 
-def _typical_s(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Return (median time of 2 to 9 calls in seconds; by which fraction it lies above the shortest). After
-    the second call, no further one is begun once they have taken 0.1 s together. On an accelerator, as
-    `_typical_of_device_s` says.
+def _typical_s(
+    call: Callable[[], Any], device: torch.device, most_calls: int = _CALLS
+) -> tuple[float, float]:
+    """Return (median time of 2 to ``most_calls`` calls in seconds; by which fraction it lies above the
+    shortest). After the second call, no further one is begun once they have taken 0.1 s together. On an
+    accelerator, as `_typical_of_device_s` says.
 
     As in a step, the calls do not find their operands in the innermost caches: the shortest of consecutive
     calls is about a quarter below the time in a step. The time that a call waited for a CPU is subtracted,
     but at least a twentieth of its time always counts."""
     if device != _HOST:
-        return _typical_of_device_s(call, device)
+        return _typical_of_device_s(call, device, most_calls)
     filler, times_s = torch.ones(_BETWEEN_BYTES // 4), list[float]()
-    while len(times_s) < _CALLS and (sum(times_s) < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
+    while len(times_s) < most_calls and (sum(times_s) < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
         filler.add_(1.0)
         waited_s, start = _waited_s(), time.perf_counter()
         call()
@@ -258,11 +265,13 @@ def _typical_s(call: Callable[[], Any], device: torch.device) -> tuple[float, fl
     return median_s, median_s / min(times_s) - 1
 
 
-def _typical_of_device_s(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+def _typical_of_device_s(
+    call: Callable[[], Any], device: torch.device, most_series: int
+) -> tuple[float, float]:
     """Return (median time of a call in seconds; by which fraction it lies above the shortest) on an
-    accelerator. It is the median of 2 to 9 series, each of calls that run back to back for about a
-    millisecond (at most 100) before the host waits for them, because a step does not wait for each of its
-    operators either."""
+    accelerator. It is the median of 2 to ``most_series`` series, each of calls that run back to back for
+    about a millisecond (at most 100) before the host waits for them, because a step does not wait for each of
+    its operators either."""
     filler = torch.ones(_between_bytes(device) // 4, device=device)
 
     def seconds(count: int) -> float:
@@ -276,7 +285,7 @@ def _typical_of_device_s(call: Callable[[], Any], device: torch.device) -> tuple
 
     count = max(1, min(_MOST_IN_A_ROW, int(_IN_A_ROW_S / max(seconds(1), 1e-7))))
     times_s: list[float] = []
-    while len(times_s) < _CALLS and (sum(times_s) * count < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
+    while len(times_s) < most_series and (sum(times_s) * count < _OP_LIMIT_S or len(times_s) < _FEWEST_CALLS):
         times_s.append(seconds(count))
     median_s = statistics.median(times_s)
     return median_s, median_s / min(times_s) - 1
