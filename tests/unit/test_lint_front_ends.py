@@ -414,6 +414,21 @@ def test_mace_flags_take_precedence_over_the_file_of_config() -> None:
     assert convert(alone).plan.ranks == 1
 
 
+def test_values_that_are_no_numbers_are_not_carried_over(tmp_path: Path) -> None:
+    flags = "--train_file a.xyz --batch_size ten --ema --ema_decay 99 --clip_grad much"
+    (tmp_path / "run.sh").write_text(f"mace_run_train {flags}\n")
+    found = convert(read([tmp_path / "run.sh"]))
+    assert found.carried == ("ema",)
+    assert {"batch_size ten", "ema_decay 99", "clip_grad much"} <= reasons(found).keys()
+    trainer = {"devices": "two", "num_nodes": "1", "gradient_clip_val": "abc", "max_epochs": 3}
+    found = written(tmp_path, "lightning.yaml", trainer=trainer, model={}, data={"batch_size": 4})
+    assert found.carried == ("trainer.num_nodes",)
+    assert {"trainer.devices two", "trainer.gradient_clip_val abc"} <= reasons(found).keys()
+    for devices in ("auto", "0,1", -1):
+        found = written(tmp_path, "l.yaml", trainer={"devices": devices, "max_epochs": 3}, model={}, data={})
+        assert not any("whole number" in reason for reason in reasons(found).values())
+
+
 def test_a_mace_configuration_that_does_not_exist_is_said(tmp_path: Path) -> None:
     (tmp_path / "run.sh").write_text("mace_run_train --config missing.yml --batch_size 3\n")
     assert "the file missing.yml" in reasons(convert(read([tmp_path / "run.sh"])))

@@ -8,6 +8,7 @@ training/arguments.py; torchtitan v0.2.2 config/job_config.py; OpenFold in openf
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -63,6 +64,9 @@ def convert(setup: Setup, *, of_objects: bool = False) -> Conversion:
     unusable = dict(_unusable(tracked_options))
     for name, value in unusable.items():
         draft.leave(f"{name} {value}", "it is no whole number of at least 1: predicted without it")
+    norms = dict(_unusable_norms(tracked_options))
+    for name, value in norms.items():
+        draft.leave(f"{name} {value}", "it is no number: predicted without it")
     for name in setup.missing:
         draft.leave(f"the file {name}", "it does not exist or is no JSON file")
     _check_ranks(draft.ranks)
@@ -76,7 +80,7 @@ def convert(setup: Setup, *, of_objects: bool = False) -> Conversion:
         size=draft.size,
         length=draft.length,
         model=draft.model,
-        carried=tuple(name for name in draft.carried if name not in unusable),
+        carried=tuple(name for name in draft.carried if name not in {**unusable, **norms}),
         ema=draft.ema,
     )
 
@@ -114,18 +118,33 @@ def _undetermined(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[st
                 yield name if options.raw(path) is True else f"{name} {options.raw(path)}"
 
 
-_SIZES: Final = ("micro_batch_size", "gradient_accumulation_steps")  # also read before the draft is made
+# Also read before the draft is made.
+_SIZES: Final = ("micro_batch_size", "gradient_accumulation_steps", "trainer.devices", "trainer.num_nodes")
+_NO_NUMBER: Final = re.compile(r"(?i)(?:auto|none|null|max|[\d, ]+|)")  # texts that are no mistake; "0,1"
 
 
 def _unusable(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) of each size that was read and is a number, also one written as text, but no whole
-    number of at least 1. The number -1, which stands for a default in many files, is not counted."""
+    """Yield (path, value) of each size that was read and is a number or a text, but no whole number of at
+    least 1. The number -1 and the texts of `_NO_NUMBER`, which stand for defaults in many files, are not
+    counted."""
     for options in tracked_options.values():
         for path in sorted({*options.size_paths, *_SIZES}):
             value = options.get(path)
-            is_number = isinstance(value, float) or options.number(path) is not None
-            if is_number and options.number(path) != -1 and Options.size(options, path) is None:
+            is_given = isinstance(value, float) or options.number(path) not in (None, -1) or _is_word(value)
+            if is_given and Options.size(options, path) is None:
                 yield path, value
+
+
+def _unusable_norms(tracked_options: Mapping[str, _TrackedOptions]) -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) of each gradient norm for clipping that is a text, but no number."""
+    for kind, options in tracked_options.items():
+        path = NORMS.get(kind, "")
+        if _is_word(options.get(path)) and options.number(path) is None:
+            yield path, options.get(path)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and _NO_NUMBER.fullmatch(value.strip()) is None
 
 
 def _engine_and_conversion(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:

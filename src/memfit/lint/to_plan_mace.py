@@ -34,7 +34,10 @@ def from_mace(setup: Setup, draft: Draft) -> None:
         draft.set_batch(draft.ranks, 1)
     if options.on("ema"):
         decay = options.number("ema_decay")
-        draft.ema = decay if decay is not None and 0 < decay < 1 else _EMA_DECAY
+        is_decay = decay is not None and 0 < decay < 1
+        draft.ema = decay if is_decay else _EMA_DECAY
+        if not is_decay and (value := options.get("ema_decay")) is not None:
+            draft.leave(f"ema_decay {value}", "it is no number above 0 and below 1: predicted without it")
     dtype = str(options.get("default_dtype") or "float64")
     draft.leave(
         f"default_dtype {dtype}",
