@@ -675,9 +675,9 @@ REFUSED = {
         ),
         "line 13 uses optimizer, which the plan may replace, before line 14, after which it is applied",
     ),
-    "a norm that is a keyword with a default": (
+    "a norm whose default is a variable": (
         (
-            "def train(model, optimizer, loader, *, norm=1.0):\n"
+            "def train(model, optimizer, loader, *, norm=NORM):\n"
             "    for x, y in loader:\n"
             "        loss = F.cross_entropy(model(x), y)\n"
             "        optimizer.zero_grad()\n"
@@ -1263,6 +1263,45 @@ def test_the_plan_is_applied_where_the_clipping_norm_is_known() -> None:
     added = [line for line in edit.diff.splitlines() if line.startswith(("+fit", "+    clip", " norm"))]
     assert added[0] == " norm = 1.0"
     assert any("clip=norm" in line for line in added[1:])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "argument"), [("norm", ", 0.5"), ("norm", ", norm=0.5"), ("norm=0.5", "")]
+)
+def test_a_clipping_norm_that_is_a_number_in_the_call_of_the_loop_is_known(
+    parameter: str, argument: str, tmp_path: Path
+) -> None:
+    text = FUNCTIONS.replace("batches, opt):", f"batches, opt, {parameter}):")
+    text = text.replace("batches, opt) for", f"batches, opt{argument}) for")
+    text = text.replace(
+        "        opt.step()", "        nn.utils.clip_grad_norm_(net.parameters(), norm)\n        opt.step()"
+    )
+    edit = diff(text, {"activation-checkpointing": {}})
+    assert "clip=0.5" in edit.diff
+    (tmp_path / "before.py").write_text(text)
+    patched(text, edit, tmp_path)
+    outputs = [run_script(name, cwd=tmp_path).stdout for name in ("before.py", "train.py")]
+    assert outputs[0] == outputs[1] != ""
+
+
+def test_what_is_read_after_the_loop_is_that_of_the_last_micro_batch() -> None:
+    split = {"gradient-accumulation": {"micro_batches": 2}}
+    mark = "loss is that of the last micro-batch"
+    shown = UNCLIPPED + "\nprint(loss)\n"
+    assert not any(mark in r for r in diff(UNCLIPPED, split).remarks)
+    assert any(mark in r for r in diff(shown, split).remarks)
+    assert not any(mark in r for r in diff(shown.replace("print", "loss = 0\nprint"), split).remarks)
+
+
+def test_lines_to_insert_by_hand_name_clipping_and_scaler() -> None:
+    twice = SCALED.replace("    scaler.step", "    (0 * loss).backward()\n    scaler.step")
+    assert twice != SCALED
+    lines = "\n".join(diff(twice, {"activation-checkpointing": {}}).lines)
+    assert "clip=0.5" in lines
+    assert "scaler=..." in lines
+    lines = "\n".join(diff(twice.replace("0.5)", "max(0.5, 1))"), {"bf16-autocast": {}}).lines)
+    assert "clip=..." in lines
+    assert "scaler" not in lines
 
 
 def test_a_search_leaves_out_what_the_script_cannot_have() -> None:

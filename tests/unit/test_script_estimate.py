@@ -1938,7 +1938,9 @@ def test_without_a_plan_to_save_the_exit_code_is_3(
     path.write_text(_TWO_MODELS)
     options = ["--on", "this:cpu", "--plans", "--save", str(tmp_path / "plan.yaml")]
     assert main(["estimate", *options, "--", sys.executable, str(path)]) == 3
-    assert "trains several models" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "trains several models" in shown
+    assert "“Plain training” below" not in shown
     assert not (tmp_path / "plan.yaml").exists()
 
 

@@ -218,11 +218,10 @@ def _show(
         emit({**view, "contributors": contributors(explained)})
         return
     print_script(explained, facts, console=console(), lang=lang)
-    if options.plans:
+    if answer.plans is not None:
         key = "ranks" if answer.ranks > 1 else "split" if answer.micro_batches > 1 else "plain"
         words = load_words(lang).get(f"script.{key}", count=answer.micro_batches, ranks=answer.ranks)
         console().print(Text(words, style="yellow"))
-    if answer.plans is not None:
         print_search(answer.plans, console=console(), lang=lang)
     elif options.plans:
         console().print(Text(answer.no_plans, style="yellow"))

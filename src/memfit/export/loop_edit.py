@@ -7,6 +7,7 @@ is a GradScaler, and autocast stays, unless the plan has an autocast, which repl
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -232,7 +233,7 @@ def _remarks(source: Source, loop: Loop, plan: Plan, samples: int) -> Iterator[s
             "a learning-rate schedule, change"
         )
     if "gradient-accumulation" in plan:
-        yield from _accumulation_remarks(loop)
+        yield from _accumulation_remarks(source, loop)
     yield from _saving_remarks(source, plan)
     if plan.ranks > 1:
         yield f"start it with torchrun --nproc-per-node {plan.ranks}"
@@ -253,7 +254,7 @@ def _saving_remarks(source: Source, plan: Plan) -> Iterator[str]:
         yield f"with bf16-parameters, the model's state_dict() is in bf16: {number_lines(lines)}"
 
 
-def _accumulation_remarks(loop: Loop) -> Iterator[str]:
+def _accumulation_remarks(source: Source, loop: Loop) -> Iterator[str]:
     index = loop.body.index(loop.update.backward)
     between, moved = loop.body[loop.forward : index], (*loop.update.removed, *loop.prefetch)
     if loop.counters:
@@ -266,10 +267,22 @@ def _accumulation_remarks(loop: Loop) -> Iterator[str]:
         )
     computed = {n for s in _leaves(between) if s not in moved for n in _set_anew(s)}
     used = {n.id for s in loop.body[index + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name)}
+    used |= _read_after(source, loop.loop)
     if shown := sorted(used & {loop.update.loss, *loop.batch, *computed}):
         verb = "is that" if len(shown) == 1 else "are those"
         after = f"after {loop.setup.fit}.split"
         yield f"{after}, {', '.join(shown)} {verb} of the last micro-batch: check what you log"
+
+
+def _read_after(source: Source, loop: ast.AST) -> set[str]:
+    """Return the variables that the function or module around ``loop`` reads after it before it sets them."""
+    around = [n for n in ast.walk(source.tree) if isinstance(n, ast.FunctionDef) and loop in ast.walk(n)]
+    end = getattr(loop, "end_lineno", None) or math.inf
+    names = (n for n in ast.walk(around[-1] if around else source.tree) if isinstance(n, ast.Name))
+    first: dict[str, ast.Name] = {}
+    for name in sorted((n for n in names if n.lineno > end), key=lambda n: (n.lineno, n.col_offset)):
+        first.setdefault(name.id, name)
+    return {n for n, name in first.items() if isinstance(name.ctx, ast.Load)}
 
 
 def _set_anew(statement: ast.stmt) -> set[str]:

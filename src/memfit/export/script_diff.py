@@ -143,9 +143,10 @@ def script_diff(
             source, plan, structure, samples, loss_terms=terms, own_micro_batches=own_micro_batches
         )
     except UserError as error:
+        further = {"loss_terms": terms, **_own_arguments(source, plan)}
         lines = (
             "import memfit",
-            *apply_lines(plan, "model", "optimizer", structure, further={"loss_terms": terms}),
+            *apply_lines(plan, "model", "optimizer", structure, further=further),
             *loop_lines("batch", samples),
         )
         return ScriptDiff(diff="", reason=error.given, lines=lines, remarks=define if terms else ())
@@ -187,6 +188,18 @@ def _always_clips(source: Source) -> bool:
         isinstance(node, ast.Call) and name_of(node.func) == "clip_grad_norm_" and not is_conditional
         for node, is_conditional in nodes
     )
+
+
+def _own_arguments(source: Source, plan: Plan) -> dict[str, str]:
+    """Return the source of memfit.apply's arguments clip and scaler for a script that clips gradients or has
+    a GradScaler which the plan does not replace: a literal norm, or else "..." for the user to fill in."""
+    found = {}
+    if clips := source.calls(frozenset({"clip_grad_norm_"})):
+        norms = {source.of(c.args[1]) for c in clips if len(c.args) > 1 and literal(c.args[1]) is not None}
+        found["clip"] = norms.pop() if len(norms) == len(clips) == 1 else "..."
+    if not sets_precision(plan) and source.calls(frozenset({"GradScaler"})):
+        found["scaler"] = "..."
+    return found
 
 
 def _always_scales_loss(source: Source) -> bool:

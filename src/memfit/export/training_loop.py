@@ -706,6 +706,8 @@ def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | Non
     parameters = set[str]()
     if arguments is not None and place.function is not None:
         parameters = {n.arg for n in ast.walk(place.function.args) if isinstance(n, ast.arg)}
+        if update.optimizer in arguments:  # the call is the one of the loop's function
+            arguments = {**_constant_defaults(place.function), **arguments}
     text = []
     for node in (update.clip, update.condition):
         if node is None:
@@ -717,13 +719,22 @@ def _clip(place: LoopPlace, update: Update, arguments: dict[str, ast.expr] | Non
             )
         for name in loaded_names(node):
             argument = None if arguments is None else arguments.get(name)
-            if name in own or (name in parameters and not isinstance(argument, ast.Name)):
+            if name in own or (name in parameters and not isinstance(argument, ast.Name | ast.Constant)):
                 raise UserError(
                     f"between backward and step, the script clips gradients depending on {name}, which "
                     "changes in the loop or is not known where the plan is applied"
                 )
         text.append(_rename_variables(node, arguments or {}))
     return text[0] if len(text) == 1 else f"{text[0]} if {text[1]} else None"
+
+
+def _constant_defaults(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, ast.expr]:
+    """Return the default values of the function's parameters that are constants, by name."""
+    places = [*function.args.posonlyargs, *function.args.args]
+    defaults = function.args.defaults
+    pairs = [*zip(places[len(places) - len(defaults) :], defaults, strict=True)]
+    pairs += [(a, d) for a, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if d]
+    return {a.arg: default for a, default in pairs if isinstance(default, ast.Constant)}
 
 
 def _rename_variables(node: ast.expr, arguments: dict[str, ast.expr]) -> str:
