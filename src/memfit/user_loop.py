@@ -69,6 +69,13 @@ class Fit:
         self._micro_batch: MicroBatch | None = None  # the one that waits for backward
         self._is_open = self._is_complete = False  # micro-batches have begun; have all ended
         self._updates_count = 0
+        self._is_in_backward = False
+        # Backward updates parameters, or puts gradients into buffers of the optimizer.
+        self._acts_in_backward = bool(self.plan.get("optimizer-in-backward")) or (
+            step.bench.grad_norm is not None
+        )
+        hooked = step.bench.trainable() if self._acts_in_backward else ()
+        self._hooks = [p.register_post_accumulate_grad_hook(self._must_be_own_backward) for p in hooked]
         step.take_step = self._take_step
 
     def split(self, batch: Any, *, whole: bool = False) -> Iterator[Any]:
@@ -81,13 +88,20 @@ class Fit:
         (UserWarning) if the micro-batches are known to train otherwise than the batch.
 
         Raises UserError, when it is iterated, if the batch cannot be split as the plan says or has no loss
-        terms, if the plan cuts samples along their sequence and ``whole`` is False, and if the previous step
-        or micro-batch was not finished.
+        terms, if the plan cuts samples along their sequence and ``whole`` is False, if the previous step or
+        micro-batch was not finished, and if the parameters have gradients of another backward pass.
         """
         if self._is_open:
             raise UserError(
                 "fit.split was called before the previous step ended",
                 hint="call fit.step() once after all micro-batches, or fit.discard() to give a step up",
+            )
+        if not self._acts_in_backward and any(p.grad is not None for p in self._step.bench.trainable()):
+            raise UserError(
+                "parameters have gradients before the first micro-batch, from another backward pass than "
+                "fit.backward, such as that of a generator through its critic",
+                hint="fit.optimizer.zero_grad() before fit.split frees them; or add that loss to the one of "
+                "fit.backward",
             )
         if self._step.bench.slices is not None and not whole:
             raise UserError(
@@ -158,7 +172,21 @@ class Fit:
                 hint="for part in fit.split(batch): ... fit.backward(loss)",
             )
         share, self._micro_batch = self._micro_batch.share, None
-        self._step.backward(weigh_loss(loss, share))
+        self._is_in_backward = True
+        try:
+            self._step.backward(weigh_loss(loss, share))
+        finally:
+            self._is_in_backward = False
+
+    def _must_be_own_backward(self, param: torch.Tensor) -> None:
+        """Raise UserError if a gradient comes from another backward pass than that of `backward`."""
+        if not self._is_in_backward:
+            raise UserError(
+                f"another backward pass than fit.backward reached the model under {self.plan.label}, which "
+                "uses each gradient at once",
+                hint="call requires_grad_(False) on the model's parameters while another loss is trained "
+                "through it; or use a plan without optimizer-in-backward, zero and sharded-ddp",
+            )
 
     def step(self) -> torch.Tensor:
         """Undo the loss scale, clip the gradients if `memfit.apply` got ``clip``, update the parameters and
@@ -189,7 +217,7 @@ class Fit:
         """Give up the current step, if there is one: free its gradients, without an update. Raises UserError
         if the plan updates parameters during backward, or keeps gradients in buffers (sharded-ddp, and zero
         of stage 1 or above)."""
-        if self.plan.get("optimizer-in-backward") or self._step.bench.grad_norm is not None:
+        if self._acts_in_backward:
             raise UserError(
                 f"fit.discard cannot give up a step under {self.plan.label}: backward has already updated "
                 "parameters or put gradients into buffers of the optimizer",
@@ -216,6 +244,8 @@ class Fit:
         """Remove the hooks and close the files of techniques that shard or store states, such as zero. The
         model keeps what else the plan changed in it. This object must not be used afterwards."""
         self._close_step()
+        for hook in self._hooks:
+            hook.remove()
         self._step.close()
 
     def _take_step(self) -> None:

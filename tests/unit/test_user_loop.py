@@ -240,6 +240,24 @@ def test_clipping_is_that_of_the_worker_and_the_norm_that_before_it() -> None:
     assert float(fit.step()) > 0.1
 
 
+def test_gradients_of_another_backward_pass_are_not_added_to_those_of_the_step() -> None:
+    critic, generator = make_model(), make_model()
+    fit = memfit.apply({}, critic, torch.optim.SGD(critic.parameters()))
+    part = next(iter(fit.split(make_batch(0))))
+    fit.discard()
+    loss_of(critic, part).backward()  # as that of a generator through its critic
+    with pytest.raises(UserError, match="gradients before the first micro-batch"):
+        run_loop(fit, 1)
+    fit.optimizer.zero_grad()
+    run_loop(fit, 1)
+    fit = memfit.apply({"optimizer-in-backward": {}}, generator, torch.optim.SGD(generator.parameters()))
+    with pytest.raises(UserError, match="another backward pass than"):
+        loss_of(generator, part).backward()
+    run_loop(fit, 1)
+    fit.close()
+    loss_of(generator, part).backward()
+
+
 def test_an_infinite_norm_clips_nothing() -> None:
     model = make_model()
     fit = memfit.apply(
