@@ -179,7 +179,7 @@ class Writer:
                 else "",
                 self.measured(t.name),
                 f"## {self.say('try')}\n\n```yaml\n# plan.yaml\n{plan_text(t.name)}```\n\n```sh\n"
-                f"memfit estimate protein-lm --plan plan.yaml\n```",
+                f"memfit estimate {tried_on(t.name)} --plan plan.yaml\n```",
             )
         self.index("techniques", rows)
 
@@ -236,6 +236,7 @@ class Writer:
                 (self.texts["fact"].get(key, key), cell(value), f"{cell(source)} ({date})")
                 for key, (value, source, date) in engine_facts(e.name).items()
             ]
+            job = "char-lm" if e.name == "megatron" else "protein-lm"  # which trains a GPT of its own kind
             self.add(
                 f"engines/{e.name}.md",
                 f"`{e.name}`",
@@ -244,8 +245,8 @@ class Writer:
                 f"## {self.say('upkeep')}\n\n" + table(self.texts["upkeep_columns"], upkeep)
                 if upkeep
                 else "",
-                f"## {self.say('use')}\n\n```sh\nmemfit estimate protein-lm --engines\n"
-                f"memfit run protein-lm --engine {e.name}\n```",
+                f"## {self.say('use')}\n\n```sh\nmemfit estimate {job} --engines\n"
+                f"memfit run {job} --engine {e.name}\n```",
             )
         self.index("engines", rows)
 
@@ -555,7 +556,14 @@ def plan_text(name: str) -> str:
     from memfit.techniques.rank_mesh import SEVERAL
 
     ranks = "ranks: 2\n" if name in SEVERAL else ""
-    return f"{ranks}techniques:\n  {name}: {{}}\n"
+    samples = "  ddp: {}\n" if name == "expert-parallel" else ""  # each rank has samples of its own
+    return f"{ranks}techniques:\n  {name}: {{}}\n{samples}"
+
+
+def tried_on(name: str) -> str:
+    """Return a job that has what the technique acts on."""
+    jobs = {"axial-parallel": "alphafold2", "expert-parallel": '"hf:mixtral?num_hidden_layers=2"'}
+    return jobs.get(name, "protein-lm")
 
 
 # -- lessons -------------------------------------------------------------------------------------------------
