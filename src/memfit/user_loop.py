@@ -7,6 +7,8 @@ by one, where the worker calls them in `TrainingStep.run`.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
 import warnings
 import weakref
@@ -347,14 +349,33 @@ def apply_plan(  # noqa: PLR0913
         **fields,
     )
     elements = sum(p.numel() for p in model.parameters())
+    forwards = {module: module.forward for module in model.modules()}
     world = make_world(job_plan, rank=dist.get_rank() if job_plan.ranks > 1 else 0, device=torch_device.type)
     step = TrainingStep(
         job, job_plan, device=torch_device.type, torch_device=_device_name(torch_device), world=world
     )
     if scaler is not None and scaler.is_enabled():
         step.bench.loss_scale = GradScalerScale(scaler, torch_device)
+    for module, inner in forwards.items():
+        if "forward" in vars(module) and module.forward is not inner:
+            module.forward = _PlannedForward(module.forward, inner)
     _APPLIED.add(model)
     return Fit(step, user_groups.adopt(step.optimizer, model), elements=elements, conform=conform)
+
+
+class _PlannedForward:
+    """The forward method that a plan gives a module. A deep copy of the module, such as an average of the
+    weights, gets the module's own, bound to the copy: the plan's is bound to the module that it copies."""
+
+    def __init__(self, forward: Callable[..., Any], inner: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)
+        self._forward, self._inner = forward, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._inner, memo)
 
 
 def _device(device: Any, model: torch.nn.Module) -> torch.device:

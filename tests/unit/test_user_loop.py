@@ -258,6 +258,19 @@ def test_gradients_of_another_backward_pass_are_not_added_to_those_of_the_step()
     loss_of(generator, part).backward()
 
 
+def test_a_copy_of_the_model_runs_with_its_own_weights() -> None:
+    model = make_model()
+    fit = memfit.apply({"activation-checkpointing": {}}, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    average = copy.deepcopy(fit.model).eval()  # as an average of the weights is made
+
+    def loss(module: torch.nn.Module) -> float:
+        return float(loss_of(module, make_batch(0)).detach())
+
+    before = loss(average)
+    run_loop(fit, 2)
+    assert loss(average) == loss(copy.deepcopy(average)) == before != loss(model.eval())
+
+
 def test_an_infinite_norm_clips_nothing() -> None:
     model = make_model()
     fit = memfit.apply(
