@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+import threadpoolctl
 import torch
 
 from memfit.runtime.child_process import die_with_parent
@@ -281,6 +282,7 @@ def _answer(
     for other in inherited:
         other.close()
     torch.set_num_threads(1)  # the original's threads do not exist in a worker
+    threadpoolctl.threadpool_limits(1)  # those of NumPy in several workers wait for the same cores
     gc.freeze()  # objects of the original stay: collect only what the calls leave
     while True:
         try:
