@@ -4,7 +4,7 @@ How a page is followed is in page_reader. A whole command inside a sentence is r
 marked ``text`` need a cluster or a GPU: their shell commands are run with stand-ins for Slurm and for torch's
 launcher.
 
-All guides share one folder, and those in one language one store. Two things differ from what a reader does.
+All guides in one language share one folder and one store. Two things differ from what a reader does.
 A `memfit poc` that an earlier guide ran with the same arguments is not run again: its first output is checked
 again. And the managers' guides begin after a PoC that takes minutes, which another test runs
 (tests/cpu/test_managers_proof.py): here it is replaced by a record and offers made by hand (report_fixture),
@@ -77,13 +77,18 @@ def test_every_command_of_the_guides_exits_and_prints_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert {p.name for p in GUIDES.glob("*.md")} == {*MADE, *MANAGERS}
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("COLUMNS", "110")
     by_hand, reader = made_by_hand(), Reader(capsys)
-    Path("theirs.json").write_text(exchange.text(exchange.of_poc(by_hand)), encoding="utf-8")
+    folders = {
+        language: tmp_path / language for language in ("en", "ja")
+    }  # both save files of the same names
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "theirs.json").write_text(exchange.text(exchange.of_poc(by_hand)), encoding="utf-8")
     in_sentences = 0
     for guide in MADE:
+        monkeypatch.chdir(folders["ja" if ".ja." in guide else "en"])
         if guide == "scientist.ja.md":  # the Japanese guides begin where the English ones began
             monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data.ja"))
         reader.follow(guide, text(guide))
@@ -93,6 +98,7 @@ def test_every_command_of_the_guides_exits_and_prints_as_shown(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert len(reader.proofs) == 1, "one proof of concept is shared, so that the test is quick"
     for guide in MANAGERS:  # each begins after a PoC of its own
+        monkeypatch.chdir(folders["ja" if ".ja." in guide else "en"])
         proof = dataclasses.replace(by_hand, poc_id=f"by-hand-{guide}")
         for kind in ("begin", "poc"):
             Store(default_path()).append(proof.poc_id, kind, proof)
