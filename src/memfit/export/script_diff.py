@@ -193,13 +193,13 @@ def _always_clips(source: Source) -> bool:
 def _own_arguments(source: Source, plan: Plan) -> dict[str, str]:
     """Return the source of memfit.apply's arguments clip and scaler for a script that clips gradients or has
     a GradScaler which the plan does not replace: a literal norm, or else "..." for the user to fill in."""
-    found = {}
+    arguments = dict[str, str]()
     if clips := source.calls(frozenset({"clip_grad_norm_"})):
         norms = {source.of(c.args[1]) for c in clips if len(c.args) > 1 and literal(c.args[1]) is not None}
-        found["clip"] = norms.pop() if len(norms) == len(clips) == 1 else "..."
+        arguments["clip"] = norms.pop() if len(norms) == len(clips) == 1 else "..."
     if not sets_precision(plan) and source.calls(frozenset({"GradScaler"})):
-        found["scaler"] = "..."
-    return found
+        arguments["scaler"] = "..."
+    return arguments
 
 
 def _always_scales_loss(source: Source) -> bool:

@@ -73,7 +73,7 @@ class DeferredValue:
             with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
                 try:
                     self._result = func(*args, **kwargs)
-                except NotImplementedError:
+                except NotImplementedError:  # the host lacks the kernel: the values are unknown
                     self._result = None
             if self.is_assumed:
                 mark_assumed(self._result)
