@@ -52,6 +52,7 @@ _IMPORTED = (
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 _MALLOPT = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_ARENA_MAX": -8}  # of glibc
 _MOST_BYTES = 1 << 18
+_END = b"end"
 _LOCK = threading.Lock()
 _SERVERS: list[socket.socket] = []  # at most one
 _FIRST_VARIABLES = dict(os.environ)  # without those that a test sets
@@ -61,14 +62,15 @@ _PROGRAMS, _BY = "FORKED_PROGRAMS", "FORKED_BY"
 
 
 class Popen:
-    """``python *argv`` in a session of its own, which reads nothing, with what the tests need of
-    `subprocess.Popen`. It is a child of this process, and killed when this process dies."""
+    """``python *argv`` in a session of its own, which reads nothing unless ``stdin`` is a pipe, with what the
+    tests need of `subprocess.Popen`. It is a child of this process, and killed when this process dies."""
 
     def __init__(
         self,
         argv: Sequence[str | Path],
         *,
         env: Mapping[str, str] | None = None,
+        stdin: int | None = None,
         stdout: int | IO[Any] | None = None,
         stderr: int | IO[Any] | None = None,
         **_: Any,
@@ -82,11 +84,18 @@ class Popen:
             "folder": str(Path.cwd()),
             "parent": os.getpid(),
         }
-        with Path(os.devnull).open("wb") as nothing:
+        self.stdin = None
+        with Path(os.devnull).open("r+b", buffering=0) as nothing:
+            source = nothing.fileno()
+            if stdin == subprocess.PIPE:
+                source, target = os.pipe()
+                self.stdin = os.fdopen(target, "wb")
             files = [1 if stdout is None else writer or stdout, 2 if stderr is None else stderr]
             files = [nothing if file == subprocess.DEVNULL else file for file in files]
             descriptors = [file if isinstance(file, int) else file.fileno() for file in files]
-            self.pid = _forked(json.dumps(asked).encode(), descriptors)
+            self.pid = _forked(json.dumps(asked).encode(), [source, *descriptors])
+            if self.stdin is not None:
+                os.close(source)
         if writer is not None:
             os.close(writer)
 
@@ -155,7 +164,7 @@ def processes(*programs: str, by: str | Path = "") -> SimpleNamespace:
 
 
 def _forked(asked: bytes, files: Sequence[int]) -> int:
-    """Have a process forked, with these files as its standard output and error, and return its number."""
+    """Have a process forked, with these files as its standard input, output and error. Return its number."""
     libc = ctypes.CDLL(None)
     with _LOCK:
         # Its grandparent's child becomes one of this process when the one between them ends.
@@ -185,15 +194,15 @@ def _server() -> socket.socket:
             command, env=_FIRST_VARIABLES, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL
         )
     atexit.register(server.wait)
-    atexit.register(here.close)  # which ends it
+    atexit.register(here.send, _END)  # a forked process may hold the connection open
     _SERVERS.append(here)
     return here
 
 
 def _serve(connection: socket.socket) -> NoReturn:
     while True:
-        asked, files, _, _ = socket.recv_fds(connection, _MOST_BYTES, 2)
-        if not asked:
+        asked, files, _, _ = socket.recv_fds(connection, _MOST_BYTES, 3)
+        if asked in (b"", _END):
             os._exit(0)
         reader, writer = os.pipe()
         between = os.fork()
@@ -236,7 +245,7 @@ def _run(files: Sequence[int], argv: list[str], env: dict[str, str], folder: str
             time.sleep(0.001)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.chdir(folder)
-        for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), *files)):
+        for number, descriptor in enumerate(files):
             os.dup2(descriptor, number)
             os.close(descriptor)
         os.environ.clear()

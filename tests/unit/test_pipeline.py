@@ -13,6 +13,7 @@ import pytest
 from memfit.cost.estimate import interval_around
 from memfit.cost.memory import memory_profile
 from memfit.planner import machine_calibration, plan_space, single_device, trials
+from memfit.planner.operator_timer import OperatorTimer
 from memfit.planner.request import Planning, make_predictor
 from memfit.runtime import local_machine
 from memfit.runtime.counting_allocator import available
@@ -285,8 +286,8 @@ def test_an_impossible_cap_is_refused_before_anything_runs(
     request_: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        machine_calibration,
-        "probe_here",
+        OperatorTimer,
+        "measure",
         lambda *a: Calibration(flops_s={"float32": 1e9}, bandwidth_bytes_s=1e9),
     )
     monkeypatch.setattr(single_run, "run_ranks", lambda *a, **k: pytest.fail("something ran"))

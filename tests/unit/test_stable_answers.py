@@ -21,7 +21,8 @@ from memfit.cli import main
 from memfit.cli.progress import Bars
 from memfit.cost.estimate import interval_around
 from memfit.cost.op_time import signatures_to_time
-from memfit.planner import capacity, machine_calibration, search, single_device, trials
+from memfit.planner import capacity, search, single_device, trials
+from memfit.planner.operator_timer import OperatorTimer
 from memfit.planner.request import Planning, Request
 from memfit.planner.search import SearchInterrupted
 from memfit.planner.selection import TIMED, Objective, best, timed_band
@@ -202,7 +203,7 @@ class Probes:
     def __init__(self) -> None:
         self.draw, self.asked = random.Random(1), list[list[str]]()
 
-    def __call__(self, request: Request, signatures: list[str], timing_s: float, rates: bool) -> Calibration:
+    def __call__(self, signatures: list[str], timing_s: float, rates: bool) -> Calibration:
         self.asked.append(signatures)
         times = {s: self.draw.uniform(1e-5, 3e-5) for s in signatures}
         return dataclasses.replace(timed(0.0), op_s=times, op_peak_bytes=dict.fromkeys(times, 0))
@@ -211,7 +212,7 @@ class Probes:
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> Probes:
     found = Probes()
-    monkeypatch.setattr(machine_calibration, "probe_here", found)
+    monkeypatch.setattr(OperatorTimer, "measure", found)
     monkeypatch.setattr("memfit.planner.request.load", lambda ref: words(2))
     monkeypatch.setattr(single_device, "FINALISTS", 3)
     monkeypatch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
@@ -240,7 +241,7 @@ def test_the_same_question_is_answered_by_the_same_timings_and_those_of_others_c
     assert second.result == first.result
     assert second.predictor.calibration.op_s == first.predictor.calibration.op_s
     with pytest.raises(KeyboardInterrupt):
-        search.search(question(recalibrate=True), interrupted_at("search"))
+        search.search(question(recalibrate=True), interrupted_at("price"))
     assert probes.asked[taken] == probes.asked[0], "all of it is timed again"
 
 
@@ -250,7 +251,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planning]:
     with pytest.MonkeyPatch.context() as patch:
         path = tmp_path_factory.mktemp("searched") / "calibration.sqlite3"
         patch.setattr("memfit.store.calibration.default_path", lambda: path)
-        patch.setattr(machine_calibration, "probe_here", Probes())
+        patch.setattr(OperatorTimer, "measure", Probes())
         patch.setattr("memfit.planner.request.load", lambda ref: words(2))
         patch.setattr(single_device, "FINALISTS", 3)
         patch.setattr(capacity, "CPU_HEADROOM_BYTES", 0)

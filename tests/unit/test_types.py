@@ -167,19 +167,10 @@ def test_the_child_reads_the_specification_it_was_given() -> None:
     assert "OMP_NUM_THREADS" not in native.render(dataclasses.replace(SPEC, threads=0)).env
 
 
-def test_a_calibration_request_holds_its_signatures_and_budget() -> None:
-    config = native.render_calibration(SPEC, ["a", "b"], timing_s=1.5, packages=["bitsandbytes"])
-    request = json.loads(config.files["request.json"])
-    assert request == {
-        "signatures": ["a", "b"],
-        "timing_s": 1.5,
-        "threads": 2,
-        "device": "cpu",
-        "packages": ["bitsandbytes"],
-        "rates": True,
-        "memory_only": False,
-    }
-    assert config.argv[3:] == ("calibrate", "{dir}/request.json")
+def test_a_process_that_measures_operators_has_the_threads_and_device_of_its_specification() -> None:
+    config = native.render_calibration(SPEC)
+    assert json.loads(config.files["settings.json"]) == {"threads": 2, "device": "cpu"}
+    assert config.argv[3:] == ("calibrate", "{dir}/settings.json")
 
 
 def test_a_fact_without_a_range_is_bounded_by_its_value() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from memfit.engines.base import Engine
@@ -50,39 +49,15 @@ def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
     )
 
 
-def render_calibration(
-    spec: RunSpec,
-    signatures: Sequence[str],
-    *,
-    timing_s: float,
-    packages: Sequence[str] = (),
-    rates: bool = True,
-    memory_only: bool = False,
-) -> LaunchConfig:
-    """Return the launch of a worker process that measures the operators ``signatures``, with the environment
-    variables of a run on the native engine. ``spec`` gives the kind of device, the number of threads and the
-    time limit.
-
-    - ``timing_s``: seconds for the measurements.
-    - ``packages``: modules to import first, which register operators.
-    - ``rates``: also measure the machine's rates, such as its memory bandwidth.
-    - ``memory_only``: measure only the peak memory inside each operator, without its inputs, and neither
-      times nor rates. Otherwise the operators' times are measured, too.
-    """
-    request = {
-        "signatures": list(signatures),
-        "timing_s": timing_s,
-        "threads": spec.threads,
-        "device": spec.device,
-        "packages": list(packages),
-        "rates": rates,
-        "memory_only": memory_only,
-    }
+def render_calibration(spec: RunSpec) -> LaunchConfig:
+    """Return the launch of a worker process that measures operators, with the environment variables of a run
+    on the native engine. ``spec`` gives the kind of device, the number of threads and the time limit. Each
+    line that the process reads from standard input is an `OperatorRequest` as JSON."""
     return LaunchConfig(
         engine="native",
-        argv=(sys.executable, "-m", "memfit.worker", "calibrate", "{dir}/request.json"),
+        argv=(sys.executable, "-m", "memfit.worker", "calibrate", "{dir}/settings.json"),
         env=_environment(spec.threads),
-        files={"request.json": json.dumps(request)},
+        files={"settings.json": json.dumps({"threads": spec.threads, "device": spec.device})},
         spec=spec,
     )
 

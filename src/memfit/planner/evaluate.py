@@ -50,7 +50,8 @@ from memfit.cost.step_time_calibration import factor
 from memfit.engines.registry import engine
 from memfit.model.blocks import find_stacks
 from memfit.model.scalar_parameters import refuse_scalars
-from memfit.planner.recompute_budget import ChosenPlans, open_budget, resolved_plans
+from memfit.planner.operator_timer import OperatorTimer
+from memfit.planner.recompute_budget import choose_tensors, open_budget, resolved_plans
 from memfit.planner.stored_predictions import CallOutcome, StoredPredictions, Traces
 from memfit.store import trace_columns
 from memfit.store.prediction_cache import digest_of
@@ -133,9 +134,11 @@ class Predictor:
     have no step time. ``part_digests``: what was seen in each traced part, from which sketches are composed.
     ``own_memory``: an estimate whose memory stands for that of its plan; None: memory is that of the traces.
     ``choices``: for plans with a memory budget for recomputation, the plan with the tensors to recompute
-    chosen. ``stored``: what was predicted of the job before, on disk; None: nothing is read from disk or kept
-    there, nor is it if the predictor's job is replaced by another. ``deadline``: once it has passed, a method
-    that would have to make a trace raises TimeUp.
+    chosen, or why the budget cannot be met. ``stored``: what was predicted of the job before, on disk; None:
+    nothing is read from disk or kept there, nor is it if the predictor's job is replaced by another.
+    ``deadline``: once it has passed, a method that would have to make a trace raises TimeUp.
+    ``operator_timer``: the process that times operators during a search for this machine; None: each
+    calibration starts its own.
     """
 
     job: Job
@@ -147,13 +150,14 @@ class Predictor:
     lines: bool = False  # whether traces record the user's source line of each allocation
     traces: MutableMapping[tuple[Plan, int], Trace] = dataclasses.field(default_factory=Traces)
     part_digests: dict[PartKey, PartDigest] = dataclasses.field(default_factory=dict)
-    choices: ChosenPlans = dataclasses.field(default_factory=ChosenPlans)
+    choices: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
     gap_ratio: float = GAP_RATIO  # optimality gap of the recomputation chosen under a budget
     # reserved over allocated bytes of the plain plan, once traced
     reserved_ratio: float = ASSUMED_RESERVED_RATIO
     stored: StoredPredictions | None = None
     own_memory: Estimate | None = None
     deadline: Deadline = dataclasses.field(default_factory=Deadline)
+    operator_timer: OperatorTimer | None = None
     plain: dict[int, tuple[int, HostTensors]] = dataclasses.field(default_factory=dict)  # see `_plain`
     # Entries of the digests, with the seconds that the present calibration gives, as vectors to add up.
     _vectors: dict[PartKey, numpy.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -258,7 +262,7 @@ class Predictor:
         seen_ops = self.seen() if calibration.op_s else ()  # only timed operators matter
         self.model = time_model(self.machine.device, calibration, seen_ops)
         # All depend on the seconds of operators.
-        self.choices, self._vectors, self._rank_estimates = ChosenPlans(), {}, {}
+        self.choices, self._vectors, self._rank_estimates = {}, {}, {}
         self._kept_digest = ""
 
     def _stored(self) -> StoredPredictions | None:
@@ -287,24 +291,44 @@ class Predictor:
         """
         if open_budget(plan) is None:
             return plan
-        if (stored := self._stored()) is None or plan in self.choices.outcomes:
-            return self._chosen(plan)
-        facts = (self.trace_kind, self.gap_ratio, self._prediction_digest(), plan.fingerprint)
-        self.choices.outcomes[plan] = stored.get_or_compute(
-            Plan, lambda: self._chosen(plan), "chosen tensors", *facts
-        )
-        return self._chosen(plan)
+        if plan not in self.choices:
+            self.choices[plan] = self._choose(plan)
+        choice = self.choices[plan]
+        if isinstance(choice, UserError):
+            raise choice
+        return choice
 
-    def _chosen(self, plan: Plan) -> Plan:
-        op_seconds = self.model.op_s if self.model else nominal_s
-        return self.choices.of(
-            self.job,
-            plan,
-            device=self.trace_kind,
-            seconds=op_seconds,
-            calibration=self.calibration,
-            gap_ratio=self.gap_ratio,
-        )
+    def _choose(self, plan: Plan) -> Plan | UserError:
+        """Return what `choose_tensors` returns or raises: what is on disk, or else what a forked process
+        finds, in which packages import faster (`trace`)."""
+        facts = (self.trace_kind, self.gap_ratio, self._prediction_digest(), plan.fingerprint)
+        stored, kind = self._stored(), "chosen tensors"
+        known: Plan | None = stored.read(Plan, kind, *facts) if stored is not None else None
+        if known is not None:
+            return known
+        call = functools.partial(self._choice_outcome, plan, self.model, self.calibration)
+        with pause_gc():
+            outcome = run_parallel([call], workers=self._forked_workers(), deadline=self.deadline)[0]
+        choice: Plan | UserError = outcome.value
+        if stored is not None and outcome.may_be_kept and isinstance(choice, Plan):
+            stored.write(choice, kind, *facts)
+        return choice
+
+    def _choice_outcome(self, plan: Plan, model: TimeModel | None, calibration: Calibration) -> CallOutcome:
+        def choice() -> Plan | UserError:
+            try:
+                return choose_tensors(
+                    self.job,
+                    plan,
+                    device=self.trace_kind,
+                    seconds=model.op_s if model else nominal_s,
+                    calibration=calibration,
+                    gap_ratio=self.gap_ratio,
+                )
+            except UserError as error:
+                return error
+
+        return self._run(choice)
 
     def seen(self) -> list[OpCall]:
         """Return one operator call for each distinct signature in the cached traces of whole plans. Traces of

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from memfit.cost.step_time_calibration import merge_calibrations
-from memfit.engines import native
 from memfit.planner.evaluate import Predictor
+from memfit.planner.operator_timer import OperatorTimer
 from memfit.planner.request import Progress, Request, autocast
 from memfit.planner.selection import (
     MODELLED,
@@ -15,13 +15,9 @@ from memfit.planner.selection import (
     timed_band,
 )
 from memfit.runtime import local_machine
-from memfit.runtime.child_process import run
 from memfit.runtime.devices import accelerators, loaded_drivers
 from memfit.store.calibration import CalibrationCache, select_operators
 from memfit.techniques.registry import make_plain_plan
-from memfit.types import serialization
-from memfit.types.errors import RunError
-from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, use
 from memfit.types.result import Timings
@@ -58,10 +54,10 @@ def calibrate(
     """Add to the predictor's calibration the times of those operators of ``plans`` that take most of a step's
     time, and the kernel workspaces of at most 32 other operators that could move a plan's peak.
 
-    What is stored for this machine is reused; the rest is measured in a child process on this machine and
-    stored, and so are the machine's rates of computing and copying if they are not known. Nothing is done if
-    the operators of ``plans`` are known. Without ``plans``, as in the first call of a search, the operators
-    are those of plans that span the search.
+    What is stored for this machine is reused. The rest is measured in a child process, the predictor's
+    ``operator_timer`` if it has one, and stored, and so are the machine's rates of computing and copying if
+    they are not known. Nothing is done if the operators of ``plans`` are known. Without ``plans``, as in the
+    first call of a search, the operators are those of plans that span the search.
 
     ``timing_s`` limits the number of operators: timing them would take about that many seconds on a machine
     of nominal speed (100 GFLOP/s, 10 GB/s). Without ``plans``, the limit is 5 seconds. The choice does not
@@ -75,6 +71,8 @@ def calibrate(
     is_first_call = plans is None
     calibrated_plans = _representatives(predictor, request.bounds.without) if plans is None else plans
     if request.ranks == 1:
+        if predictor.operator_timer and not all(map(predictor.load_traces, calibrated_plans)):
+            predictor.operator_timer.start()  # new traces have operators that are not known
         predictor.trace_all(calibrated_plans)
     ops = [pair for plan in calibrated_plans for pair in step_ops(predictor.trace(plan))]
     known_signatures = {*predictor.calibration.op_s, *predictor.calibration.not_timed}
@@ -102,7 +100,7 @@ def calibrate(
     if missing_signatures or needs_rates:
         progress("calibrate", 0, 0, f"{len(missing_signatures)} operators")
         stored_calibration = cache.add(
-            probe_here(request, missing_signatures, _LONGEST_RATIO * timing_s, needs_rates)
+            _measure(predictor, request, missing_signatures, _LONGEST_RATIO * timing_s, needs_rates)
         )
     predictor.recalibrate(
         merge_calibrations(predictor.calibration, select_operators(stored_calibration, set(signatures)))
@@ -142,8 +140,28 @@ def _representatives(predictor: Predictor, excluded_techniques: Sequence[str]) -
 
 
 _MOST_DECISIVE = 32  # most operators whose workspaces could move a peak, probed beside those that take time
-_CALIBRATION_LIMIT_S = 900.0  # time limit for a busy machine; the measurement itself is short
 _LONGEST_RATIO = 20.0  # of the nominal budget: no machine should take longer
+
+
+def _measure(
+    predictor: Predictor, request: Request, signatures: list[str], timing_s: float, rates: bool
+) -> Calibration:
+    if predictor.operator_timer is not None:
+        return predictor.operator_timer.measure(signatures, timing_s, rates)
+    with one_operator_timer(predictor, request):
+        return _measure(predictor, request, signatures, timing_s, rates)
+
+
+@contextlib.contextmanager
+def one_operator_timer(predictor: Predictor, request: Request) -> Iterator[None]:
+    """Within this context, all calibrations of the predictor measure in one process, which ends with it."""
+    timer = OperatorTimer(job=request.job_ref, device=request.device_kind, threads=_threads(request))
+    predictor.operator_timer = timer
+    try:
+        yield
+    finally:
+        predictor.operator_timer = None
+        timer.close()
 
 
 def calibrated_device(request: Request) -> str:
@@ -160,43 +178,3 @@ def calibrated_device(request: Request) -> str:
 
 def _threads(request: Request) -> int:
     return request.threads or local_machine.threads()
-
-
-def probe_here(request: Request, signatures: list[str], timing_s: float, rates: bool = True) -> Calibration:
-    """Measure the operators with these signatures on this machine, in a child process; with ``rates``, also
-    the machine's rates of computing and copying.
-
-    They are measured in the given order; none is begun after ``timing_s`` seconds. The process is stopped
-    after 900 seconds. Raises RunError if no result has come when it ends.
-    """
-    calibrations: list[Calibration] = []
-
-    def listen(event: Mapping[str, Any]) -> None:
-        if event["event"] == "calibration":
-            calibrations.append(
-                serialization.loads(
-                    Calibration, serialization.dumps(event["calibration"]), what="calibration"
-                )
-            )
-
-    spec = RunSpec(
-        name="calibration",
-        role="calibration",
-        job=request.job_ref,
-        plan=Plan(),
-        seed=0,
-        steps=0,
-        device=request.device_kind,
-        threads=_threads(request),
-        timeout_s=_CALIBRATION_LIMIT_S,
-    )
-    packages = ["bitsandbytes"] if any('"bitsandbytes.' in s for s in signatures) else []
-    config = native.render_calibration(spec, signatures, timing_s=timing_s, packages=packages, rates=rates)
-    outcome = run(config, on_event=listen)
-    if not calibrations:
-        why_it_ended = outcome.reason or outcome.outcome.value
-        raise RunError(
-            "the calibration of this machine, in which operators are timed, ended without a result: "
-            f"{why_it_ended}"
-        )
-    return calibrations[0]

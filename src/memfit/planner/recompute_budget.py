@@ -7,10 +7,8 @@ The prediction for a chosen plan is the trace of that same plan.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from memfit.cost.memory import memory_profile
 from memfit.cost.op_time import nominal_s
@@ -153,32 +151,6 @@ def choose_tensors(
         allowed=f"at least {smallest_budget_mib} MiB (budget_mib), the smallest found for this job and plan",
         hint="a smaller batch, gradient-accumulation or bf16-autocast reduces what must be kept in memory",
     )
-
-
-@dataclasses.dataclass(kw_only=True)
-class ChosenPlans:
-    """Cache of the outcomes of `choose_tensors` by the plan that it was given: the plan with its tensors to
-    recompute chosen, or the UserError that was raised.
-    """
-
-    outcomes: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
-
-    def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
-        """Return the plan with its tensors to recompute chosen (`choose_tensors`); they are chosen only in
-        the first call for a plan. ``how``: keyword arguments of `choose_tensors`.
-
-        If the first call raised UserError, later ones raise the same error. Results are kept by ``plan``
-        alone, so all calls of one cache must have the same ``job`` and keywords.
-        """
-        if plan not in self.outcomes:
-            try:
-                self.outcomes[plan] = choose_tensors(job, plan, **how)
-            except UserError as error:
-                self.outcomes[plan] = error
-        choice = self.outcomes[plan]
-        if isinstance(choice, UserError):
-            raise choice
-        return choice
 
 
 def resolved_plans(plans: Iterable[Plan], resolve: Callable[[Plan], Plan]) -> Iterator[Plan]:

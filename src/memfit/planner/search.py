@@ -17,14 +17,19 @@ from memfit.cost.memory import step_ops
 from memfit.engines.registry import engine
 from memfit.planner.capacity import Fits, fits_under, memory_cap, needed_bytes, states_bytes
 from memfit.planner.evaluate import Predictor
-from memfit.planner.machine_calibration import begin_calibration, calibrate, score_band, timings
+from memfit.planner.machine_calibration import (
+    begin_calibration,
+    calibrate,
+    one_operator_timer,
+    score_band,
+    timings,
+)
 from memfit.planner.plan_space import effect_then_size_key, may_share, may_split
 from memfit.planner.reasons import ReasonInputs, reasons_for
 from memfit.planner.request import (
     Planning,
     Progress,
     Request,
-    limit_micro_batches,
     make_predictor,
     with_steps_of,
 )
@@ -145,67 +150,68 @@ def _search_with(
 ) -> Planning:
     """Search as `_search_dividing_batch` does, with its ``predictor`` and the estimate ``baseline``. Raises
     UserError if a plan cannot be traced with the job's model."""
-    test_dependence(predictor, request, deadline, progress)
-    request, unsearched = _split_as_it_is(request, predictor, unsearched)
     if request.is_here and must_run:
         request, job, predictor, baseline = _reduce_batch(request, job, predictor, baseline)
+    test_dependence(predictor, request, deadline, progress)
+    request, unsearched = _split_as_it_is(request, predictor, unsearched)
     request = with_steps_of(request, job)
     predictor.gap_ratio = _GAP_RATIO
     cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio, demonstrates=must_run)
-    if request.is_here:
-        begin_calibration(predictor, request, progress)
-    predictor.deadline = deadline
+    with one_operator_timer(predictor, request):
+        if request.is_here:
+            begin_calibration(predictor, request, progress)
+        predictor.deadline = deadline
 
-    def fits_memory(e: Estimate) -> bool:
-        return fits_under(cap_bytes, request.machine)(e)
+        def fits_memory(e: Estimate) -> bool:
+            return fits_under(cap_bytes, request.machine)(e)
 
-    def meets_limits(e: Estimate) -> bool:
-        return (
-            fits_memory(e)
-            and respects_micro_batch(e.plan, request.bounds, predictor.job_facts.batch_size)
-            and within_bounds(request.bounds, e)
-        )
-
-    sketches: list[Estimate] = []
-    estimate_under = functools.partial(
-        estimate_plans,
-        predictor,
-        request,
-        progress=progress,
-        meets_limits=meets_limits,
-        negligible_state_bytes=_negligible_state_bytes(request, predictor, baseline, cap_bytes),
-        sketches=sketches,
-    )
-    try:
-        estimated = estimate_under(cap_bytes)
-        estimates = estimated.traced
-        if cap_reason.startswith(_DEMONSTRATION) and not any(map(meets_limits, estimates)):
-            cap_bytes = _reachable_cap(estimates, request, predictor.job_facts.batch_size)
-            cap_reason = _REACHABLE.format(
-                share=job.demonstration_ratio,
-                looked_at=" that was looked at in time" if predictor.deadline.hit_time_limit else "",
+        def meets_limits(e: Estimate) -> bool:
+            return (
+                fits_memory(e)
+                and respects_micro_batch(e.plan, request.bounds, predictor.job_facts.batch_size)
+                and within_bounds(request.bounds, e)
             )
-            sketches.clear()
-            estimated = estimate_under(cap_bytes)
-            estimates = list({e.plan: e for e in (*estimates, *estimated.traced)}.values())
-        left_out = (*estimated.left_out, *unsearched)
-        result = build_result(
-            estimates := _measure_if_out_of_time(predictor, request, estimates, meets_limits, progress),
-            goal=request.goal,
-            cap_bytes=cap_bytes,
-            considered=estimated.count,
+
+        sketches: list[Estimate] = []
+        estimate_under = functools.partial(
+            estimate_plans,
+            predictor,
+            request,
+            progress=progress,
             meets_limits=meets_limits,
-            left_out=left_out,
-            fits_memory=fits_memory,
-            inputs=_reason_inputs(predictor, request, sketches, cap_bytes),
+            negligible_state_bytes=_negligible_state_bytes(request, predictor, baseline, cap_bytes),
+            sketches=sketches,
         )
-        own = next(e for e in estimates if e.plan == request.baseline)
-        result = _with_baseline(result, own, fits=fits_memory(own))
-    except KeyboardInterrupt:
-        partial_result = _best_so_far(predictor, request, cap_bytes, meets_limits, sketches)
-        raise SearchInterrupted(partial_result) from None
-    finally:
-        predictor.deadline = Deadline()
+        try:
+            estimated = estimate_under(cap_bytes)
+            estimates = estimated.traced
+            if cap_reason.startswith(_DEMONSTRATION) and not any(map(meets_limits, estimates)):
+                cap_bytes = _reachable_cap(estimates, request, predictor.job_facts.batch_size)
+                cap_reason = _REACHABLE.format(
+                    share=job.demonstration_ratio,
+                    looked_at=" that was looked at in time" if predictor.deadline.hit_time_limit else "",
+                )
+                sketches.clear()
+                estimated = estimate_under(cap_bytes)
+                estimates = list({e.plan: e for e in (*estimates, *estimated.traced)}.values())
+            left_out = (*estimated.left_out, *unsearched)
+            result = build_result(
+                estimates := _measure_if_out_of_time(predictor, request, estimates, meets_limits, progress),
+                goal=request.goal,
+                cap_bytes=cap_bytes,
+                considered=estimated.count,
+                meets_limits=meets_limits,
+                left_out=left_out,
+                fits_memory=fits_memory,
+                inputs=_reason_inputs(predictor, request, sketches, cap_bytes),
+            )
+            own = next(e for e in estimates if e.plan == request.baseline)
+            result = _with_baseline(result, own, fits=fits_memory(own))
+        except KeyboardInterrupt:
+            partial_result = _best_so_far(predictor, request, cap_bytes, meets_limits, sketches)
+            raise SearchInterrupted(partial_result) from None
+        finally:
+            predictor.deadline = Deadline()
     planning = Planning(
         request=request,
         job=job,
@@ -592,7 +598,6 @@ def _reduce_batch(
                 allowed=error.allowed,
                 hint=error.hint,
             ) from error
-        limit_micro_batches(predictor, request.accuracy)
         baseline = predictor.whole(make_plain_plan(request.ranks))
     return request, job, predictor, baseline
 

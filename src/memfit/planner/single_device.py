@@ -110,10 +110,9 @@ def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, 
     """Test whether samples of the batch depend on each other, and limit micro-batches by that
     (`limit_micro_batches`). Meanwhile, until the deadline, trace the parts of sketches that do not split the
     batch (`Predictor.test_dependence`), except those that may not be needed (`_may_skip_slow`); but not if
-    the request has a micro-batch, which may need none of these, or if it is for this machine, where the batch
-    may change."""
+    the request has a micro-batch, which may need none of these."""
     facts = predictor.job_facts
-    if facts.batch_size > 1 and not request.bounds.micro_batch and not request.is_here:
+    if facts.batch_size > 1 and not request.bounds.micro_batch:
         techniques = usable(facts, request.accuracy)[0]
         excluded_names = request.bounds.without
         allowed = [t for t in techniques if StepPart.PASSES in t.changes and t.name not in excluded_names]

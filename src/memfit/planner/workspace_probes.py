@@ -23,12 +23,13 @@ from memfit.engines import native
 from memfit.files.replace import write_whole
 from memfit.planner.evaluate import Predictor
 from memfit.runtime import local_machine
-from memfit.runtime.child_process import run
+from memfit.runtime.child_process import start
 from memfit.store.environment import digest, fingerprint
 from memfit.techniques.rank_mesh import layout
+from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import RunSpec
+from memfit.types.launch import OperatorRequest, RunSpec
 from memfit.types.plan import Plan
 
 _TIMING_S: Final = 2.0  # in which operators are begun, beside the start of the process
@@ -129,15 +130,19 @@ def _probe(signatures: Sequence[str], threads: int) -> dict[str, Workspace]:
         timeout_s=_LIMIT_S,
     )
     namespaces = {json.loads(s)[0].split(".")[0] for s in signatures} - {"aten"}
-    config = native.render_calibration(
-        spec,
-        signatures,
+    request = OperatorRequest(
+        signatures=tuple(signatures),
         timing_s=_TIMING_S,
-        packages=sorted(namespaces & sys.modules.keys()),
+        packages=tuple(sorted(namespaces & sys.modules.keys())),
         memory_only=True,
     )
     with contextlib.suppress(OSError):  # if no process can be started, nothing is probed
-        ending = run(config, on_event=listen)
+        with start(native.render_calibration(spec), takes_input=True) as running:
+            running.write_line(serialization.dumps(request))
+            running.end_input()
+            for event in running.events():
+                listen(event)
+        ending = running.measurement()
         crashed = ending.outcome.value == "failed" and len(results) < len(signatures)
         if crashed and (results or "killed by" in ending.reason):
             results[signatures[len(results)]] = None

@@ -152,23 +152,37 @@ def run(
     timeout or oom). An interruption of this process (Ctrl-C, an error in `on_event`) is raised after the
     child and its process group have been killed. Raises OSError if the files cannot be written or no process
     can be started."""
+    with start(config, child=child) as running:
+        for event in running.events():
+            on_event(event)
+    return running.measurement()
+
+
+@contextlib.contextmanager
+def start(
+    config: LaunchConfig, *, child: Child | None = None, takes_input: bool = False
+) -> Iterator[RunningChild]:
+    """Start the child process of `config`, with its files as `run` says, and kill it and its process group at
+    the end of the context. ``takes_input``: the child reads what `RunningChild.write_line` writes from
+    standard input. Raises OSError if the files cannot be written or no process can be started."""
     with temporary_folder() as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
             (folder / name).write_text(text, encoding="utf-8")
         (folder / HEARTBEAT).touch()
-        watch = _Watch(config, folder, errors, child or Child())
+        running = RunningChild(config, folder, errors, child or Child(), takes_input)
         try:
-            watch.follow(on_event)
+            yield running
         finally:
-            watch.end()
-        return watch.measurement()
+            running.end()
 
 
-class _Watch:
-    """Starts a child process when it is constructed, and keeps what the child reports. Call `follow`, then
-    `end` (also after an error), then `measurement`."""
+class RunningChild:
+    """Starts a child process when it is constructed (see `start`), and keeps what the child reports. Iterate
+    over `events`; `measurement` may be called after the end."""
 
-    def __init__(self, config: LaunchConfig, folder: Path, errors: IO[bytes], child: Child) -> None:
+    def __init__(
+        self, config: LaunchConfig, folder: Path, errors: IO[bytes], child: Child, takes_input: bool
+    ) -> None:
         self._spec, self._errors, self._child = config.spec, errors, child
         self._started_s = time.monotonic()
         self._oom_kills = deque([_OomKills.now()], maxlen=2)
@@ -176,24 +190,38 @@ class _Watch:
         self._timed_out = False
         self._losses = array("d")
         self._result: object = None
+        self._last_error_lines: list[str] = []
         self._process = subprocess.Popen(
             dying_with_parent([part.replace("{dir}", str(folder)) for part in config.argv]),
             env=child_environment({**CHILD_ENV, **config.env}),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if takes_input else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,  # a process group of its own, killed as a whole
         )
         child.begin(Path(folder), self._process.pid)
 
-    def follow(self, on_event: Callable[[Event], None]) -> None:
-        """Read the child's output and call ``on_event`` with every event, until the child exits, its time is
-        over or the run is stopped."""
+    def write_line(self, line: str) -> None:
+        """Write a line to the child's standard input and let its time limit count from now. Raises OSError if
+        the child has ended."""
+        assert self._process.stdin is not None
+        self._started_s = time.monotonic()
+        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.flush()
+
+    def end_input(self) -> None:
+        """Close the child's standard input."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def events(self) -> Iterator[Event]:
+        """Yield every event of the child when it arrives, until the child exits, its time is over or the run
+        is stopped."""
         for line in self._lines():
             event = parse_event(line)
             if event is not None:
                 self._note(event)
-                on_event(event)
+                yield event
         pause_s = 0.01  # most children exit soon after they have closed their output
         while not self._has_exited() and self._left_s() > 0:
             time.sleep(min(pause_s, self._left_s()))
@@ -261,8 +289,11 @@ class _Watch:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # what the child did not read
+                    pipe.close()
+        self._last_error_lines = self._error_lines()
         group = Group.of(self._process.pid)
         if group is not None:
             self._group_kills = group.oom_kills()
@@ -297,7 +328,7 @@ class _Watch:
 
         SIGKILL alone does not prove an out-of-memory kill: the kernel must have counted one (`_oom_kill`).
         Any exit code but 0 counts as out of memory if the end of standard error says so."""
-        code, lines = self._process.returncode, self._error_lines()
+        code, lines = self._process.returncode, self._last_error_lines
         if self._timed_out and self._child.stopped:
             return OutcomeKind.FAILED, self._child.stop_reason
         if self._timed_out:

@@ -126,3 +126,20 @@ class LaunchConfig:
     env: Mapping[str, str]
     files: Mapping[str, str]
     spec: RunSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorRequest:
+    """What a worker process is asked to measure (worker/calibrate.py).
+
+    ``signatures``: the operators, measured in this order; none is begun after ``timing_s`` seconds.
+    ``packages``: modules to import first, which register operators. ``rates``: whether to measure the
+    machine's rates, such as its memory bandwidth, too. ``memory_only``: measure only the peak memory inside
+    each operator, without its inputs, and neither times nor rates.
+    """
+
+    signatures: tuple[str, ...]
+    timing_s: float
+    packages: tuple[str, ...] = ()
+    rates: bool = True
+    memory_only: bool = False
