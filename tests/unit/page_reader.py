@@ -222,10 +222,9 @@ class Reader:
         if not self.names:
             self.names = runpy.run_path("given.py", {"page": page})
         if "fsdp2" in body:  # each rank calls it
-            lines = (
-                f"import runpy\nglobals().update(runpy.run_path('given.py', {{'page': {page!r}}}))\n{body}"
-            )
-            Path("rank.py").write_text(lines, encoding="utf-8")
+            given = f"import runpy\nglobals().update(runpy.run_path('given.py', {{'page': {page!r}}}))"
+            lines = [given, body, "import torch", "torch.distributed.destroy_process_group()"]
+            Path("rank.py").write_text("\n".join(lines), encoding="utf-8")
             found, output = self.run("torchrun --nproc-per-node 2 rank.py")
             assert found == 0, f"{page}: {output}"
             return
@@ -243,6 +242,8 @@ class Reader:
 
 def begin(page: str, command: str) -> None:
     """Runs the first seconds of a command, which must not fail in them; Ctrl-C ends it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     child = subprocess.Popen(
         ["bash", "-c", f"exec {command}"],
         stdout=subprocess.PIPE,
