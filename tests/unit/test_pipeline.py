@@ -350,7 +350,7 @@ def test_a_proof_of_concept_runs_a_plan_with_checkpointing_whatever_it_recommend
     assert any(plan.get("activation-checkpointing") for plan in plans)
 
 
-def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
+def test_ablations_that_take_more_than_a_minute_together_run_fewer_steps(
     whole: Whole, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ablations only show memory and step time; runs that are judged keep all their steps."""
@@ -363,25 +363,37 @@ def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
         cap_reason="",
         result=whole[0].search,
     )
-    poc_runner = proof_of_concept._PocRunner(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)
-    seconds = {poc_runner.baseline: 0.4, poc_runner.recommended: 30.0}
     estimate = whole[0].search.baseline.estimate
-    assert estimate.step_s is not None
-    slow, quick = interval_around(4.0, 0.1), interval_around(1.9, 0.1)
+    seconds = {"others": 1.0}
+    runner = proof_of_concept._PocRunner(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)
+    monkeypatch.setattr(
+        type(predictor),
+        "whole",
+        lambda self, plan: dataclasses.replace(
+            estimate, step_s=interval_around(seconds.get(plan.label, seconds["others"]), 0.1)
+        ),
+    )
+    specs = [
+        dataclasses.replace(spec, name=f"{spec.name} {index}") for index, spec in enumerate(runner.specs())
+    ]
+    ablations = [spec for spec in specs if spec.role == ABLATION]
+    assert len(ablations) > 1
+    share_s = 60.0 / len(ablations)
 
-    def told(step_s: Any) -> None:
-        monkeypatch.setattr(
-            type(predictor),
-            "whole",
-            lambda self, plan: dataclasses.replace(
-                estimate, step_s=interval_around(seconds[plan], 0.1) if plan in seconds else step_s
-            ),
-        )
-
-    specs = list(poc_runner.specs())
-    for step_s, steps in ((quick, {40}), (slow, {7}), (interval_around(100.0, 0.1), {5})):
-        told(step_s)
-        short = [poc_runner.shorten(s) for s in specs]
-        assert {s.steps for s in short if s.role == ABLATION and s.plan not in seconds} == steps
+    def shortened(others: float, **told: float) -> dict[str, int]:
+        seconds.clear()
+        seconds.update({"others": others, **told})
+        short = runner.shorten_ablations(specs)
+        assert [s.name for s in short] == [s.name for s in specs]
         assert all(s.evaluate == (s.steps == 40) for s in short)
         assert {s.steps for s in short if s.role != ABLATION} == {40}
+        return {s.plan.label: s.steps for s in short if s.role == ABLATION}
+
+    assert set(shortened(share_s / 41).values()) == {40}
+    assert set(shortened(share_s / 10.5).values()) <= {10, 11}
+    assert set(shortened(100.0).values()) == {5}, "the fewest that show a step's time"
+    slow = ablations[0].plan.label
+    one_slow = shortened(share_s / 80, **{slow: share_s * 0.099})
+    left = (len(ablations) + 1) / 2  # shares, as the others take half of theirs
+    assert one_slow.pop(slow) == int(left / 0.099)
+    assert set(one_slow.values()) == {40}

@@ -46,7 +46,9 @@ class PocOptions:
             "any technique and one with the recommended plan; the verdict, whether their results are "
             "equivalent, is based on these pairs of runs. With fewer than 3 pairs, results can only be "
             "shown to be equivalent if the plan must not change them at all, as with --accuracy exact. All "
-            "further runs of a proof of concept have seed 0.",
+            "further runs of a proof of concept have seed 0. Those that show what single techniques do take "
+            "about a minute for each seed; if all their steps take longer, they are trained for fewer, and "
+            "show memory and time only.",
         ),
     ] = 3
     nproc: Annotated[

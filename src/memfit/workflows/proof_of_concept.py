@@ -100,7 +100,7 @@ _KEPT_GATES = "the gates stored by the last memfit decide --gates (memfit decide
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 CONTROL = "negative control"
 _TIMELINE_POINTS = 400
-_TRIALS_S = 60.0  # seconds of a proof of concept for rivals of its recommendation
+_TRIALS_S = 60.0  # seconds of a proof of concept for rivals of its recommendation; half with one seed
 # facts that must agree for machines whose times correct each other
 _SAME = ("device", "processor", "cores", "torch", "env OMP_NUM_THREADS")
 _CHECKPOINTING = use("activation-checkpointing", every=1)
@@ -154,19 +154,20 @@ def poc(  # noqa: PLR0913
     if parallel > 1 and not request.threads:  # runs side by side on this machine share its threads
         threads = max(1, local_machine.threads() // (parallel * request.ranks))
         request = dataclasses.replace(request, threads=threads)
-    planning = find_plan(request, progress, must_run=True, measure_s=_TRIALS_S)
+    planning = find_plan(request, progress, must_run=True, measure_s=min(_TRIALS_S, _TRIALS_S / 2 * seeds))
     runner = _PocRunner(planning, store, seeds, steps or planning.job.steps, command, progress)
     proof = runner.begin(request)
     specs = list(runner.specs())
     calibrate(
         planning.predictor, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs))
     )
+    specs = runner.shorten_ablations(specs)
     if side_by_side is not None:
-        proof = runner.add_runs(proof, [runner.shorten(spec) for spec in specs], side_by_side)
+        proof = runner.add_runs(proof, specs, side_by_side)
     else:
         for index, spec in enumerate(specs):
             label = f"{spec.name} ({index + 1} of {len(specs)})"
-            proof = runner.add_run(proof, runner.shorten(spec), label)
+            proof = runner.add_run(proof, spec, label)
     proof = runner.conclude(runner.add_control(proof, side_by_side))
     path = report_path or store.path.parent / REPORTS / f"{proof.poc_id}.{lang}.html"
     proof = dataclasses.replace(proof, took_s=time.perf_counter() - started, report=str(path))
@@ -455,26 +456,24 @@ class _PocRunner:
             timeline=seed == 0,
         )
 
-    def shorten(self, spec: RunSpec) -> RunSpec:
-        """Return the run unchanged, unless it is an ablation whose steps are predicted to take at least 5
-        times as long as those of plain training, such as bfloat16 on a processor without support for it.
+    def shorten_ablations(self, specs: Sequence[RunSpec]) -> list[RunSpec]:
+        """Return the runs, with those ablations shortened that take long: no verdict on the recommended plan
+        rests on them, so all together may take a minute for each of the PoC's seeds.
 
-        Such a run is returned without evaluation and with only as many steps as take about 30 seconds, at
-        least 5: it then measures memory and step time only. If it does not have more steps than that, it is
-        unchanged too.
+        The time left is shared out in equal parts, the quickest ablation first, by predicted step times. One
+        that takes longer than its part is returned without evaluation and with as many steps as fit, at least
+        5: it then measures memory and step time only. Ablations without a predicted step time are unchanged.
         """
-        spec_step, plain_step = (self.planning.predictor.whole(p).step_s for p in (spec.plan, self.baseline))
-        if (
-            spec.role != ABLATION
-            or spec_step is None
-            or plain_step is None
-            or spec_step.value < _SLOW * plain_step.value
-        ):
-            return spec
-        step_count = max(_FEWEST_STEPS, int(_SLOW_RUN_S / spec_step.value))
-        return (
-            dataclasses.replace(spec, steps=step_count, evaluate=False) if step_count < spec.steps else spec
-        )
+        ablations = [spec for spec in specs if spec.role == ABLATION]
+        steps = ((spec, self.planning.predictor.whole(spec.plan).step_s) for spec in ablations)
+        timed = sorted(((step.value, spec) for spec, step in steps if step), key=lambda pair: pair[0])
+        left_s, shortened = _ABLATIONS_S * self.seeds, dict[str, RunSpec]()
+        for index, (step_s, spec) in enumerate(timed):
+            count = max(_FEWEST_STEPS, int(left_s / (len(timed) - index) / step_s))
+            if count < spec.steps:
+                shortened[spec.name] = dataclasses.replace(spec, steps=count, evaluate=False)
+            left_s -= min(count, spec.steps) * step_s
+        return [shortened.get(spec.name, spec) for spec in specs]
 
     def add_run(self, poc: Poc, spec: RunSpec, label: str) -> Poc:
         run = run_spec(spec, self.planning.predictor.whole(spec.plan), self.progress, label)
@@ -673,8 +672,7 @@ def _find_run(runs: Sequence[Run], plan: Plan) -> Run | None:
     return next((r for r in successful_runs if r.spec.plan == plan), None)
 
 
-# how many times slower than plain training; seconds and fewest steps of such an ablation
-_SLOW, _SLOW_RUN_S, _FEWEST_STEPS = 5.0, 30.0, 5
+_ABLATIONS_S, _FEWEST_STEPS = 60.0, 5  # of all ablations for each seed; of each ablation
 _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
     "peak_bytes": lambda m: m.peak_bytes,
     "step_s": median_step_s,
