@@ -485,6 +485,17 @@ def test_the_fixture_stores_memory_and_fails_with_module_and_line_when_it_grew(t
     assert "stored for bf16-autocast, H100-SXM" in checked.stdout
 
 
+def test_a_damaged_baseline_fails_the_test_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(f"import torch\n{MORE}")
+    (tmp_path / "memfit-baseline.toml").write_text("[[tests]\n")
+    for words in ((), ("--memfit-update",)):
+        failed = run_pytest(tmp_path, *words, "-k", "without_baseline", "--tb=short")
+        assert "1 failed" in failed.stdout, failed.stdout + failed.stderr
+        assert "memfit-baseline.toml" in failed.stdout
+        assert "pytest_plugin.py" not in failed.stdout, "no traceback"
+        assert (tmp_path / "memfit-baseline.toml").read_text() == "[[tests]\n"
+
+
 def test_the_plugin_loads_no_torch_when_it_is_not_used(tmp_path: Path) -> None:
     test = "import sys\n\ndef test_a():\n    assert not {'torch', 'numpy', 'pydantic'} & sys.modules.keys()\n"
     (tmp_path / "test_a.py").write_text(test)

@@ -45,8 +45,8 @@ def memfit_memory(request: pytest.FixtureRequest) -> Callable[..., MemoryBaselin
     under which the prediction is stored; by default the test's own. ``tolerance``: relative growth that
     passes (0.02 is 2 %), of each phase, of each module that holds at least 1 % of the peak, and of reserved
     memory, of which 20 MiB pass in any case. Returns the prediction. Raises UserError if the step cannot be
-    predicted or memfit-baseline.toml cannot be read. Fails the test also if nothing is stored for it, if what
-    is stored is for another plan or machine, and if two calls use the same name. With
+    predicted. Fails the test also if memfit-baseline.toml cannot be read or written, if nothing is stored for
+    it, if what is stored is for another plan or machine, and if two calls use the same name. With
     ``pytest --memfit-update`` it stores the prediction and compares nothing; that fails under ``pytest -n``.
     """
     names = set[str]()
@@ -68,14 +68,15 @@ def memfit_memory(request: pytest.FixtureRequest) -> Callable[..., MemoryBaselin
             pytest.fail(f"memfit_memory is called twice for {test}: give each call its own name=", False)
         names.add(test)
         prediction = _prediction(test, (model, batch, loss, optimizer), plan, machine, request)
-        if not request.config.getoption("memfit_update"):
-            _compare(prediction, request, tolerance)
-        elif hasattr(request.config, "workerinput"):
+        updates = request.config.getoption("memfit_update")
+        if updates and hasattr(request.config, "workerinput"):
             pytest.fail(f"{_OPTION} writes one file: run pytest without -n", pytrace=False)
-        else:
-            from memfit.workflows.baseline import write_test
+        from memfit.types.errors import UserError
 
-            write_test(_path(request), prediction)
+        try:
+            _store(prediction, request) if updates else _compare(prediction, request, tolerance)
+        except UserError as error:
+            pytest.fail(str(error), pytrace=False)
         return prediction
 
     return compare
@@ -100,6 +101,12 @@ def _prediction(
     target = BaselineTarget(job=test, plan=resolved_plan.label, machine=target_machine.name)
     job = job_of(model, batch, loss=loss, optimizer=optimizer)
     return predict(target, job, resolved_plan, target_machine, request.path.parent)
+
+
+def _store(prediction: MemoryBaseline, request: pytest.FixtureRequest) -> None:
+    from memfit.workflows.baseline import write_test
+
+    write_test(_path(request), prediction)
 
 
 def _compare(prediction: MemoryBaseline, request: pytest.FixtureRequest, tolerance: float) -> None:
