@@ -13,7 +13,7 @@ import random
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from memfit.cost.memory import live_peak_bytes
-from memfit.model.batch_objects import batch_length, select, split
+from memfit.model.batch_objects import batch_length, batch_tensors, select, split
 from memfit.model.chunking_probe import one_thread
 from memfit.runtime import local_machine
 from memfit.trace.batch_scaling import size_dependent_operator
@@ -213,26 +213,41 @@ def _affordable(job: Job) -> tuple[Job, Job]:
     is too much with the whole model, try the job's reduced form (`Job.reduced`), if it has one, then the
     model with 2 blocks and with 1. Raises UserError, which says why, if no such job keeps within the
     limits. Errors of the job's functions are raised as they are."""
-    reasons: list[str] = []
-    few = _with_samples(job, _SAMPLES[0])
+    reason = "the model is too large for a trial"
     for variant in _smaller_jobs(job):
-        if variant.make_batch is job.make_batch:  # the same samples, which need not be chosen again
-            candidate = dataclasses.replace(variant, make_batch=few.make_batch, batch_size=few.batch_size)
-        else:
-            candidate = _with_samples(variant, _SAMPLES[0])
-        cost = _Cost.of(candidate)
-        while cost.reason(candidate.batch_size):
-            size = candidate.batch_size
-            fewer = [n for n in _SAMPLES if n < size and not cost.at_least(n / size).reason(n)]
-            if not fewer:
-                least = min(size, _SAMPLES[-1])
-                reasons.append(cost.at_least(least / size).reason(least))
-                break
-            candidate = _with_samples(candidate, fewer[0])
-            cost = _Cost.of(candidate)
-        else:
+        # The first samples are at hand. Those that differ most have to be read from up to 32 batches.
+        candidate, reason = _with_affordable_samples(variant, _with_first_samples)
+        if candidate is None:
+            continue
+        varied = _with_samples(variant, candidate.batch_size)
+        if _shapes(varied) == _shapes(candidate):
+            return varied, variant
+        candidate, reason = _with_affordable_samples(variant, _with_samples)
+        if candidate is not None:
             return candidate, variant
-    raise UserError(reasons[-1] if reasons else "the model is too large for a trial")
+    raise UserError(reason)
+
+
+def _with_affordable_samples(
+    job: Job, with_samples: Callable[[Job, int], Job]
+) -> tuple[Job, str] | tuple[None, str]:
+    """Return (the job with so few samples, by ``with_samples``, that a trial keeps within the limits; "").
+    The job is None if 2 samples do not, and then the text says why."""
+    candidate = with_samples(job, _SAMPLES[0])
+    cost = _Cost.of(candidate)
+    while cost.reason(candidate.batch_size):
+        size = candidate.batch_size
+        fewer = [n for n in _SAMPLES if n < size and not cost.at_least(n / size).reason(n)]
+        if not fewer:
+            least = min(size, _SAMPLES[-1])
+            return None, cost.at_least(least / size).reason(least)
+        candidate = with_samples(job, fewer[0])
+        cost = _Cost.of(candidate)
+    return candidate, ""
+
+
+def _shapes(job: Job) -> list[torch.Size]:
+    return [tensor.shape for tensor in batch_tensors(job.make_batch(0, 0))]
 
 
 def _smaller_jobs(job: Job) -> Iterator[Job]:
@@ -257,6 +272,12 @@ def _parameter_bytes(model: nn.Module) -> int:
     """Return the bytes in float64 of the model's parameters and of three sets of gradients, those of the
     whole batch and of its two halves, all together."""
     return 8 * 4 * sum(p.numel() for p in model.parameters())
+
+
+def _with_first_samples(job: Job, count: int) -> Job:
+    """Return the job with the first ``count`` samples of its first batch, or all if these are fewer."""
+    batch = job.make_batch(0, 0)
+    return _with_batch(job, select(batch, range(min(count, batch_length(batch)))))
 
 
 def _with_samples(job: Job, count: int) -> Job:

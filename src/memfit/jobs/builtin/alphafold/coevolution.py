@@ -8,10 +8,11 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
+import threadpoolctl
 
 Array = np.ndarray[Any, Any]
 
@@ -73,12 +74,28 @@ def sample_alignment(
     weight = scale + scale.T
     fields = np.log(profile + 1e-4) - weight @ (profile @ potential)
     letters = np.stack([rng.choice(20, rows, p=p / p.sum()) for p in profile])
-    couplings = potential[letters]  # (n, rows, 20)
     groups = [
         (columns, neighbours, weight[np.ix_(columns, neighbours)])
         for columns in _uncoupled_groups(weight > 0)
         for neighbours in [np.flatnonzero(weight[columns].any(0))]
     ]
+    # The products are small: several threads would spend their time waiting for each other.
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        _sweep(letters, groups, fields, potential, rng, sweeps)
+    return letters.T.astype(np.uint8)
+
+
+def _sweep(
+    letters: Array,
+    groups: Sequence[tuple[Array, Array, Array]],
+    fields: Array,
+    potential: Array,
+    rng: np.random.Generator,
+    sweeps: int,
+) -> None:
+    """Draw all ``letters`` (n, rows) anew ``sweeps`` times, one group of columns after the other. Each of
+    ``groups`` has its columns, the columns that these are coupled to, and the weights of the couplings."""
+    couplings, rows = potential[letters], letters.shape[1]  # (n, rows, 20)
     for _ in range(sweeps):
         for columns, neighbours, weights in groups:
             energy = np.tensordot(weights, couplings[neighbours], 1) + fields[columns][:, None]
@@ -86,7 +103,6 @@ def sample_alignment(
             drawn = rng.random((len(columns), rows, 1), np.float32) * cumulative[..., -1:]
             letters[columns] = (cumulative < drawn).sum(-1)
             couplings[columns] = potential[letters[columns]]
-    return letters.T.astype(np.uint8)
 
 
 def _uncoupled_groups(coupled: Array) -> list[Array]:
