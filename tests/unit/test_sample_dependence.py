@@ -319,11 +319,18 @@ def test_each_loss_of_the_same_model_is_tested_by_itself() -> None:
     assert found == [power % 2 == 1 for power in range(1, 20)]
 
 
-def test_a_large_model_is_tried_with_few_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_a_large_model_is_tried_with_as_few_blocks_as_have_all_kinds_of_modules(
+    kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(nn.Linear):
+        pass
+
     class Deep(nn.Module):
         def __init__(self, depth: int = 24) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(10, 10) for _ in range(depth)])
+            blocks = (Other if kinds == 2 and i % 2 else nn.Linear for i in range(depth))
+            self.blocks = nn.ModuleList([block(10, 10) for block in blocks])
             self.head = nn.Linear(10, 5)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -333,7 +340,7 @@ def test_a_large_model_is_tried_with_few_of_its_blocks(monkeypatch: pytest.Monke
 
     deep = dataclasses.replace(JOBS["linear"], build_model=Deep, blocks="blocks")
     monkeypatch.setattr(trials, "_MOST_BYTES", 50_000)
-    assert len(list(trials._affordable(deep)[0].build_model().blocks)) == 2
+    assert len(list(trials._affordable(deep)[0].build_model().blocks)) == kinds
     assert trials._try_job(deep).kind is DependenceKind.INDEPENDENT
 
 

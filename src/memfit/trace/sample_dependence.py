@@ -53,7 +53,7 @@ _PASSES, _CALLS, _FLOPS_PER_S, _CALL_S = 8, 14, 3e9, 4e-5
 _NOISE_RATIO = 0.3  # of 1 / sqrt(fan-in), added to parameters when inputs are random
 _FEW_VALUES = 3
 _ONE_SAMPLE = "a batch of one sample cannot be split"
-_FEW_BLOCKS = (2, 1)
+_FEW_BLOCKS = (1, 2)
 # Errors for a single sample, such as BatchNorm1d's.
 _ONE_IS_TOO_FEW = (RuntimeError, ValueError, IndexError, UserError)
 
@@ -211,8 +211,8 @@ def _affordable(job: Job) -> tuple[Job, Job]:
     """Return the job with a few samples of its first batches (`varied_samples`), so few that a trial keeps
     within the limits of memory and time (8, else 4, else 2), and the same job with its whole batch. If this
     is too much with the whole model, try the job's reduced form (`Job.reduced`), if it has one, then the
-    model with 2 blocks and with 1. Raises UserError, which says why, if no such job keeps within the
-    limits. Errors of the job's functions are raised as they are."""
+    model with 1 block, or with 2 if not all kinds of modules are in the first. Raises UserError, which says
+    why, if no such job keeps within the limits. Errors of the job's functions are raised as they are."""
     reason = "the model is too large for a trial"
     for variant in _smaller_jobs(job):
         # The first samples are at hand. Those that differ most have to be read from up to 32 batches.
@@ -262,10 +262,10 @@ def _smaller_jobs(job: Job) -> Iterator[Job]:
         short_job = with_blocks(job, count)
         with contextlib.suppress(UserError, AssertionError):  # the model has no blocks that can be left out
             short_model = fake_model(short_job)
-            if {type(m) for m in short_model.modules()} == kinds and _parameter_bytes(
-                short_model
-            ) <= limit_bytes:
-                yield short_job
+            if {type(m) for m in short_model.modules()} == kinds:
+                if _parameter_bytes(short_model) <= limit_bytes:
+                    yield short_job
+                return
 
 
 def _parameter_bytes(model: nn.Module) -> int:
