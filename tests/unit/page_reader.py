@@ -139,7 +139,7 @@ class Reader:
         printed = ""  # by the commands of the block before
         write_files(text)  # a command may be shown above its file
         whole = [*blocks(text)]
-        for (language, body, follows), after in zip(whole, [*whole[1:], ("", "", False)], strict=True):
+        for (language, body, follows), after in zip(whole, [*whole[1:], ("", "", False)], strict=False):
             if file_name(language, body):
                 write_files(
                     f"```{language}\n{body}```\n"

@@ -69,7 +69,7 @@ BEGUN = {
     "memfit poc --nproc 2": MINUTES,
     "memfit poc my_train.py:job --executor local:parallel=4 --budget 2h": MINUTES,
     "memfit poc my_train.py:job --accuracy exact --memory 94MiB --seeds 1": MINUTES,
-    "memfit plan alphafold2 --size initial --on A100-80GB": "takes half an hour",
+    "memfit plan alphafold2 --size initial --on A100-80GB": MINUTES,
     "memfit plan hf:meta-llama/Llama-3.1-70B --length 8192 --batch 1024 --on 64x8xH100-SXM@IB-NDR": MINUTES,
 }
 
