@@ -109,7 +109,7 @@ class EstimatedPlans:
 def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, progress: Progress) -> None:
     """Test whether samples of the batch depend on each other, and limit micro-batches by that
     (`limit_micro_batches`). Meanwhile, until the deadline, trace the parts of sketches that do not split the
-    batch (`Predictor.test_dependence`), except those that may not be needed (`_may_skip_slow`); but not if
+    batch (`Predictor.test_dependence`), except the longest ones if traces take long (`is_long`); but not if
     the request has a micro-batch, which may need none of these."""
     facts = predictor.job_facts
     if facts.batch_size > 1 and not request.bounds.micro_batch:
@@ -118,7 +118,7 @@ def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, 
         allowed = [t for t in techniques if StepPart.PASSES in t.changes and t.name not in excluded_names]
         refusals_of = engine(request.engine).refusals
         whole_batch_plans = [plan for plan in plans(facts, allowed) if not refusals_of(plan)]
-        if _may_skip_slow(predictor, request):
+        if is_long(predictor):
             whole_batch_plans = [plan for plan in whole_batch_plans if SLOW_TO_TRACE not in plan]
         with deadline.earlier_by(_TRACING_SHARE * (request.within_s or 0.0)):
             predictor.test_dependence(
