@@ -184,9 +184,9 @@ class Writer:
         self.index("techniques", rows)
 
     def measured(self, name: str) -> str:
-        """Return the section on what was measured with a technique alone; "" if nothing was."""
+        """Return the section on what was measured with a technique alone."""
         memory, ranks, times = records_of(name)
-        parts = []
+        parts = self.measured_alone(name)
         if memory:
             rows = [
                 (
@@ -208,8 +208,30 @@ class Writer:
                 for architecture, what, share, ratio in times
             ]
             parts += [self.say("measured_time"), table(self.texts["time_columns"], rows)]
-        body = "\n\n".join(parts) if parts else self.say("not_measured")
-        return f"## {self.say('measured')}\n\n{body}"
+        return "\n\n".join([f"## {self.say('measured')}", *parts])
+
+    def measured_alone(self, name: str) -> list[str]:
+        """Return a sentence and a picture of the peaks of each phase without and with the technique; or the
+        sentence that says why it cannot run on a processor. Raises SiteError if there is no record of it."""
+        row = next((r for r in reversed(records("techniques")) if r["technique"] == name), None)
+        if row is None:
+            raise SiteError(f"benchmarks/techniques.py has no record of {name}")
+        if "error" in row:
+            return [self.say("cannot_run", reason=escaped(row["error"]))]
+        plain_s, step_s = row["step_s"]
+        plain, plan = row["plans"]
+        sentence = self.say(
+            "measured_alone", job=row["job"], plain=plain, plan=plan, ratio=f"{step_s / plain_s:.2f}"
+        )
+        most = max(row["peak_bytes"])
+        rows = [
+            (
+                self.say(f"phase_{phase}"),
+                *(bar(side[phase] / most, mib(side[phase])) for side in row["phase_bytes"]),
+            )
+            for phase in row["phase_bytes"][0]
+        ]
+        return [sentence, table(self.texts["phase_columns"], rows)]
 
     # -- engines, jobs, rules
 
