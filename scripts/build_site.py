@@ -212,10 +212,10 @@ class Writer:
 
     def measured_alone(self, name: str) -> list[str]:
         """Return a sentence and a picture of the peaks of each phase without and with the technique; or the
-        sentence that says why it cannot run on a processor. Raises SiteError if there is no record of it."""
+        sentence that says why it cannot run on a processor, or that there is no record of it."""
         row = next((r for r in reversed(records("techniques")) if r["technique"] == name), None)
         if row is None:
-            raise SiteError(f"benchmarks/techniques.py has no record of {name}")
+            return [self.say("not_measured")]
         if "error" in row:
             return [self.say("cannot_run", reason=escaped(row["error"]))]
         plain_s, step_s = row["step_s"]
