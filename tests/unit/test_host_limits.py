@@ -9,8 +9,13 @@ import psutil
 import pytest
 
 from memfit.cli import doctor
+from memfit.cli.app import main
+from memfit.jobs.builtin import weather
+from memfit.planner.batch_memory import check_batch_memory
 from memfit.runtime import cgroup, devices, local_machine
 from memfit.types.device_kind import HOST
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
 
 GIB = 2**30
 
@@ -119,3 +124,35 @@ def test_doctor_tells_what_sets_the_memory() -> None:
         detail = next(c.detail for c in doctor.machine() if c.name == "memory")
     assert detail.startswith("1 GiB by the control group, of ")
     assert detail.endswith("512 MiB free now")
+
+
+def test_a_batch_too_large_for_this_machine_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local_machine, "free_bytes", lambda: 4 * 2**20)  # a sample has 5 x 32 x 32 x 4 bytes
+    made = mock.Mock(side_effect=weather.train_batch)
+    monkeypatch.setattr(weather, "train_batch", made)
+    for words in (("estimate",), ("plan", "--on", "8xB200")):
+        assert main((words[0], "weather", "--batch", "4096", *words[1:])) == 2
+        err = capsys.readouterr().err
+        assert "--batch 4096: to predict a step of weather" in err
+        assert "it takes 80 MiB, more than a third of the 4 MiB that are free" in err
+        assert "allowed: at most 68 samples of 20 KiB each, over all ranks" in err
+    assert {call.args[2] for call in made.call_args_list} <= {1}
+    check_batch_memory(JobRef(spec="weather", batch=68))
+    check_batch_memory(JobRef(spec="weather"))  # its own batch
+    monkeypatch.setattr(local_machine, "free_bytes", lambda: 4 * 2**10)
+    with pytest.raises(UserError, match="allowed: none of this size"):
+        check_batch_memory(JobRef(spec="weather", batch=1))
+
+
+def test_the_largest_batch_is_at_most_what_this_machine_can_make(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(local_machine, "free_bytes", lambda: 2**20)
+    plan = tmp_path / "plain.yaml"
+    plan.write_text("techniques: {}\n")
+    words = ("plan", "weather", "--largest", "batch", "--on", "H100-SXM", "--plan", str(plan))
+    assert main(words) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the limit is not the memory of the training: --batch 18: to predict a step of weather" in out

@@ -117,7 +117,7 @@ def test_a_limit_of_the_job_is_not_called_one_of_memory() -> None:
     result, _ = answer(lambda n: 100 * n, start=10, refuses=lambda n: n > 300)
     assert result.value == 300
     assert result.limit == "job"
-    assert "the limit is the job's, not that of memory: 301 is refused" in str(result)
+    assert "the limit is not the memory of the training: 301 is refused" in str(result)
 
 
 def test_a_size_that_does_not_affect_memory_ends_the_search() -> None:
@@ -388,7 +388,7 @@ def test_the_length_of_a_table_of_positions_is_called_the_limit_of_the_job(tmp_p
     words = ["--largest", "seq_len", "--on", "H100-SXM", "--plan", plain_plan(tmp_path)]
     code, text = run(job, "--length", "32", *words)
     assert code == 0, text
-    assert "the limit is the job's, not that of memory: length 97" in text.replace("\n", " ")
+    assert "the limit is not the memory of the training: length 97" in text.replace("\n", " ")
 
 
 def test_buckets_hold_about_equally_many_sequences() -> None:

@@ -323,7 +323,7 @@ def _remarks(report: memfit.workflows.largest.LargestReport, numbers: Mapping[Pl
         if result is None:
             lines[f"{where}: {row.problem}"] = None
         elif result.limit == "job" and result.safe_next is not None:
-            lines[f"{where}: the limit is the job's, not that of memory: {result.safe_next.problem}"] = None
+            lines[f"{where}: the limit is not the memory of the training: {result.safe_next.problem}"] = None
         elif result.limit != "memory":
             lines[f"{where}: {LIMIT_TEXTS[result.limit]}"] = None
         elif result.safe is None and result.safe_next is not None:

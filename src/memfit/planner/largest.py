@@ -153,7 +153,7 @@ class LargestValue:
         if self.limit == "memory" and self.safe_next is not None:
             text += f"; {self.safe_next.value} would need {format_bytes(self.safe_next.needed_bytes)}"
         if self.limit == "job" and self.safe_next is not None:
-            text += f"; the limit is the job's, not that of memory: {self.safe_next.problem}"
+            text += f"; the limit is not the memory of the training: {self.safe_next.problem}"
         if self.limit in ("none", "untried"):
             text += f"; {LIMIT_TEXTS[self.limit]}"
         if self.expected is not None and self.expected.value > self.safe.value:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from memfit.jobs.registry import load
 from memfit.model.blocks import find_blocks, find_head
+from memfit.planner.batch_memory import check_batch_memory
 from memfit.planner.capacity import Fits, needed_bytes
 from memfit.planner.evaluate import Predictor
 from memfit.planner.plan_space import may_split
@@ -187,8 +188,9 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
     machine and engine).
 
     ``replicas``: whether every rank trains samples of its own. If so, and if the batch has fewer samples than
-    there are ranks, raises UserError. Also raises it if the job cannot be loaded, if it names blocks or a
-    head that its model does not have, or if the environment variable ``MEMFIT_CACHE_LIMIT`` is no size.
+    there are ranks, raises UserError. Also raises it if the job cannot be loaded, if the batch of a built-in
+    job is too large for this machine (`check_batch_memory`), if the job names blocks or a head that its model
+    does not have, or if the environment variable ``MEMFIT_CACHE_LIMIT`` is no size.
     """
     job, ranks = load(request.job_ref), request.ranks
     if replicas and job.batch_size < ranks:
@@ -198,6 +200,7 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
             allowed=f"a batch of at least {ranks} samples (--batch, or the job's own)",
             hint="or fewer ranks: a smaller --nproc, or --on a machine with fewer devices",
         )
+    check_batch_memory(request.job_ref)
     stored = stored_predictions(request.job_ref, job)
     how = request.machine.device.kind, request.ranks, half_precision_of(request.machine)
     facts = (

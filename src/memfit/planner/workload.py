@@ -9,6 +9,7 @@ from torch.utils import _pytree
 
 from memfit.jobs.registry import names
 from memfit.model.tensors import check_on_host
+from memfit.planner.batch_memory import check_batch_memory
 from memfit.planner.stored_predictions import stored_predictions
 from memfit.trace.tracer import fake_model
 from memfit.types.job import Job, JobRef
@@ -38,7 +39,9 @@ def workload_of(job: Job, machine: str = "") -> Workload:
 
 def stored_workload(ref: JobRef, job: Job, machine: str = "") -> Workload:
     """Return the workload (`workload_of`) of the job that ``ref`` names and `load` has returned. That of a
-    built-in job is read from disk if it is there, because building its model takes seconds."""
+    built-in job is read from disk if it is there, because building its model takes seconds. Raises UserError
+    as `check_batch_memory` does."""
+    check_batch_memory(ref)
     stored = stored_predictions(ref, job) if ref.spec in names() else None
     if stored is None:
         return workload_of(job, machine)

@@ -14,6 +14,7 @@ from memfit.cost.lengths import Ints
 from memfit.engines.registry import must_train, ready_engine, supporting_engine
 from memfit.jobs.registry import load
 from memfit.jobs.user_job import source_digest
+from memfit.planner.batch_memory import check_batch_memory
 from memfit.planner.batch_shape import length_of, with_batch_shape
 from memfit.planner.evaluate import Predictor
 from memfit.planner.largest import (
@@ -114,7 +115,9 @@ class _Sizes:
     def build(self, values: Mapping[str, int]) -> Job:
         if self.fixed:
             return with_batch_shape(self.job, values.get("batch"), values.get("length"))
-        return load(self.ref.with_sizes(values))
+        ref = self.ref.with_sizes(values)
+        check_batch_memory(ref)
+        return load(ref)
 
 
 def _sizes(ref: JobRef) -> _Sizes:
