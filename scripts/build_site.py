@@ -172,12 +172,12 @@ class Writer:
                 name,
                 self.words.get(f"technique.{t.name}.picture"),
                 f"*{self.say('summary')}*: {t.summary}.",
+                self.measured(t.name),
                 f"## {self.say('avoid')}\n\n{self.words.get(f'technique.{t.name}.avoid')}",
                 f"## {self.say('facts')}\n\n" + listed(facts),
                 f"## {self.say('settings')}\n\n" + table(self.texts["settings_columns"], knobs)
                 if knobs
                 else "",
-                self.measured(t.name),
                 f"## {self.say('try')}\n\n```yaml\n# plan.yaml\n{plan_text(t.name)}```\n\n```sh\n"
                 f"memfit estimate {tried_on(t.name)} --plan plan.yaml\n```",
             )
