@@ -16,6 +16,7 @@ from torch.nn import functional
 from memfit.catalog import machine
 from memfit.cost.memory import memory_profile
 from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, RowAttention, TriangleAttention, Widths
+from memfit.jobs.registry import load
 from memfit.jobs.training_step import TrainingStep
 from memfit.model.chunk_analysis import find_cuts, first_calls, worth_cutting
 from memfit.planner import single_device
@@ -446,40 +447,44 @@ def test_calls_of_equal_blocks_are_those_of_the_second_without_running_all(by_nu
     assert [*model.blocks._modules] == [*"01234"]
 
 
-ONLY_THESE = {"chunking", "activation-checkpointing"}
-
-
+@pytest.mark.parametrize("technique", ["chunking", "gradient-accumulation"])
 @pytest.mark.parametrize(
     ("goal", "fits", "skipped"),
     [
-        (Objective.FASTEST, lambda e: True, True),
-        (Objective.FASTEST, lambda e: "chunking" in e.plan, False),
-        (Objective.SMALLEST, lambda e: True, False),
+        (Objective.FASTEST, lambda e, technique: True, True),
+        (Objective.FASTEST, lambda e, technique: technique in e.plan, False),
+        (Objective.SMALLEST, lambda e, technique: True, False),
     ],
 )
-def test_a_long_search_skips_chunking_where_plans_fit_without_it(
-    goal: Objective, fits: Callable[[Estimate], bool], skipped: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_long_search_skips_what_only_saves_memory_where_plans_fit_without_it(
+    goal: Objective,
+    fits: Callable[[Estimate, str], bool],
+    skipped: bool,
+    technique: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(single_device, "is_long", lambda predictor: True)
-    job, gpu, sketches = _evoformer(16, 4), machine("RTX-4090"), list[Estimate]()
+    job = _evoformer(16, 4) if technique == "chunking" else load(JobRef(spec="protein-lm"))
+    gpu, sketches = machine("RTX-4090"), list[Estimate]()
     predictor = Predictor(job=job, machine=gpu, job_facts=job_facts(job, "cuda"))
-    bounds = Bounds(without=tuple(name for name in TECHNIQUES if name not in ONLY_THESE))
+    only_these = {technique, "activation-checkpointing"}
+    bounds = Bounds(without=tuple(name for name in TECHNIQUES if name not in only_these))
     estimated = single_device.estimate_plans(
         predictor,
         Request(job_ref=JobRef(spec="evoformer"), machine=gpu, goal=goal, bounds=bounds),
         2**40,
         progress=lambda *state: None,
-        meets_limits=fits,
+        meets_limits=lambda e: fits(e, technique),
         negligible_state_bytes=None,
         sketches=sketches,
     )
     assert sketches
-    assert any("chunking" in e.plan for e in sketches) != skipped
-    kinds = [reason.kind for reason in estimated.left_out if reason.technique == "chunking"]
+    assert any(technique in e.plan for e in sketches) != skipped
+    kinds = [reason.kind for reason in estimated.left_out if reason.technique == technique]
     assert kinds == [ReasonKind.LEFT_OUT_ONLY_SAVES] * skipped
     assert estimated.unsketched_count == 0
     if not skipped:  # what the reason says
         times = {e.plan: e.step_s.value for e in sketches if e.step_s is not None}
-        chunked = [plan for plan in times if "chunking" in plan]
-        assert chunked
-        assert all(times[plan] > times[plan.without("chunking")] for plan in chunked)
+        saving = [plan for plan in times if technique in plan]
+        assert saving
+        assert all(times[plan] > times[plan.without(technique)] for plan in saving)
