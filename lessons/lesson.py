@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from memfit.inputs import plan_of
@@ -53,6 +54,9 @@ def mib(size_bytes: float) -> str:
     return f"{size_bytes / 2**20:.1f} MiB"
 
 
+CHOICES = "abc"  # of every question
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
     """The question at the end of a lesson. ``truth``: the letter of the right answer, as the lesson measured
@@ -60,24 +64,32 @@ class Question:
 
     truth: str
     because: str
-    choices: str = "abc"
 
-    def grade(self, answer: str | None) -> bool:
-        """Print whether ``answer`` is right, and why. None is no answer, and not right. Raises ValueError for
-        anything that is not one of the letters."""
-        if answer is None:
-            print(f"Your answer? / 答えは？  {', '.join(self.choices)}")
+    def grade(self, given: str | None) -> bool:
+        """Print whether the answer ``given`` is right, and why. None, and anything that is not one of the
+        letters, is no answer, and not right; the question is asked again."""
+        letter = given.strip().lower() if given else ""
+        if letter not in [*CHOICES]:
+            print(f"Your answer? / 答えは？  {', '.join(CHOICES)}")
             return False
-        if answer not in (*self.choices,):
-            raise ValueError(f"{answer!r} is not one of {', '.join(self.choices)}")
-        right = answer == self.truth
-        print(f"{'Right / 正解' if right else 'Not right / 不正解'}: {self.because}")
-        return right
+        is_right = letter == self.truth
+        print(f"{'Right / 正解' if is_right else 'Not right / 不正解'}: {self.because}")
+        return is_right
 
 
 def answer() -> str | None:
-    """Return the answer given to a lesson that runs as a script, its first argument, else None."""
-    return sys.argv[1] if len(sys.argv) == 2 and len(sys.argv[1]) == 1 else None
+    """Return the answer given to a lesson that runs as a script, its only argument; None if there is none, and
+    in a notebook. Exits with one line if the arguments are anything else."""
+    given = sys.argv[1:]
+    if not given or Path(sys.argv[0]).resolve().parent != Path(__file__).resolve().parent:
+        return None
+    if len(given) > 1 or given[0].lower() not in [*CHOICES]:
+        wanted = ", ".join(CHOICES)
+        sys.exit(
+            f"{' '.join(given)!r} is no answer: give one of {wanted}, or nothing to read the question first"
+            f" / 答えは {wanted} のどれかです。先に問題を読むには、何も付けずに実行してください"
+        )
+    return given[0].lower()
 
 
 def finish(question: Question, given: str | None) -> None:
@@ -90,3 +102,6 @@ def parts(at_peak: Mapping[Any, int]) -> str:
     """Return what the memory at the peak consists of, the largest part first."""
     largest = sorted(at_peak.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {mib(size)}" for name, size in largest if size >= 2**18)
+
+
+answer()  # what is no answer ends a script here, before its lesson runs

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import report_fixture as fixture
@@ -183,6 +184,19 @@ def test_options_that_the_help_of_estimate_names_for_no_command_are_refused_with
         code, out, err = ask("estimate", name, *value, "--", "python", "missing.py")
         assert (code, out) == (2, "")
         assert f"{name} cannot be used with a COMMAND" in err
+
+
+@pytest.mark.parametrize("dashes", [(), ("--",)], ids=["without --", "with --"])
+def test_options_after_a_command_of_estimate_are_its_own(
+    dashes: tuple[str, ...], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were read as memfit's without "--", and refused: "--batch cannot be used with a COMMAND"."""
+    predicted = mock.Mock()
+    monkeypatch.setattr("memfit.cli.estimate.estimate_command", predicted)
+    words = ("python", "my_unet.py", "--batch", "4", "--on", "disk", "--own", "-x")
+    assert ask("estimate", "--on", "RTX-4090", *dashes, *words) == (0, "", "")
+    assert predicted.call_args.args[0] == [*words]
+    assert predicted.call_args.args[4] == "RTX-4090"
 
 
 # --- the user's mistakes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,14 +37,16 @@ def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lesson_runs_and_its_question_tells_right_from_wrong(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import lesson
+
     question = runpy.run_path(str(LESSONS / f"{name}.py"))["question"]
     assert "Your answer? / 答えは？" in capsys.readouterr().out
     assert question.truth == RIGHT[name], question.because
-    assert [question.grade(letter) for letter in question.choices] == [
-        letter == RIGHT[name] for letter in question.choices
+    assert [question.grade(letter) for letter in lesson.CHOICES] == [
+        letter == RIGHT[name] for letter in lesson.CHOICES
     ]
     said = capsys.readouterr().out
-    assert said.count("Not right / 不正解") == len(question.choices) - 1
+    assert said.count("Not right / 不正解") == len(lesson.CHOICES) - 1
     assert question.because in said
 
 
@@ -54,8 +58,34 @@ def test_a_wrong_answer_ends_a_script_with_exit_code_1_and_no_answer_does_not() 
     lesson.finish(question, "a")
     with pytest.raises(SystemExit, match="1"):
         lesson.finish(question, "b")
-    with pytest.raises(ValueError, match="'z' is not one of a, b, c"):
-        question.grade("z")
+    with pytest.raises(SystemExit, match="1"):
+        lesson.finish(question, "z")
+    assert question.grade("A")
+
+
+@pytest.mark.parametrize("given", [["z"], ["answer"], ["a", "b"], [""]], ids=" ".join)
+def test_what_is_no_answer_ends_a_script_with_one_line_before_its_lesson_runs(given: list[str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(LESSONS / "08_when_it_dies.py"), *given],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"{' '.join(given)!r} is no answer: give one of a, b, c")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_answer_may_be_a_capital_letter_and_arguments_of_a_notebook_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import lesson
+
+    monkeypatch.setattr("sys.argv", [str(LESSONS / "08_when_it_dies.py"), "B"])
+    assert lesson.answer() == "b"
+    monkeypatch.setattr("sys.argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
+    assert lesson.answer() is None
 
 
 def test_every_lesson_says_the_same_in_both_languages_and_ends_with_a_question() -> None:

@@ -68,8 +68,9 @@ class EstimateCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse ``args`` into the parameters of ``ctx`` and return what remains."""
         ctx.allow_interspersed_args = False
-        _, words, _ = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.allow_interspersed_args = not words or is_job(words[0])
+        values, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        targets = values.get("targets")  # a placeholder if there are none
+        ctx.allow_interspersed_args = not isinstance(targets, tuple) or not targets or is_job(targets[0])
         return super().parse_args(ctx, args)
 
 
