@@ -178,3 +178,26 @@ def test_recomputation_turns_off_the_cache_for_generation_as_transformers_does()
         found = trace(cached, Plan(uses=(make_use(name, {}),)), device="cuda", steps=1)
         assert found.ops
     assert config.use_cache
+
+
+def test_compilation_turns_off_the_cache_for_generation() -> None:
+    """torch.compile would compile each block by itself: each writes to another place of the cache."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+    )
+
+    def batch(step: int, seed: int) -> torch.Tensor:
+        return torch.randint(0, 64, (2, 8))
+
+    decoder = Job(
+        name="decoder",
+        build_model=lambda: LlamaForCausalLM(config),
+        make_batch=batch,
+        batch_size=2,
+        loss=lambda model, tokens: model(input_ids=tokens, labels=tokens).loss,
+    )
+    assert config.use_cache
+    assert trace(decoder, Plan(uses=(make_use("compile", {}),)), device="cuda", steps=1).ops
+    assert config.use_cache

@@ -22,7 +22,7 @@ from memfit.planner.request import job_facts
 from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.techniques.registry import conflict, make_use, proposable
 from memfit.trace.tracer import trace
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, first_line
 from memfit.types.job import Job
 from memfit.types.plan import Accuracy, Plan
 
@@ -412,6 +412,15 @@ class OnlyHere(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise LookupError("no rule for this\nand more")
+
+
+def test_errors_of_torch_are_reported_without_its_advice_on_debugging() -> None:
+    fake = "Unexpected fake buffer _tensor_constant0"
+    advice = "Enable TORCH_FAKE_TENSOR_DEBUG=1 to get creation stack traces on fake tensors."
+    assert first_line(AssertionError(f"{fake} {advice}")) == fake
+    logs = "To diagnose recompilation issues, set TORCH_LOGS=recompiles."
+    assert first_line(RuntimeError(f"limit reached. {logs}")) == "limit reached"
+    assert first_line(RuntimeError("TORCH_LOGS=x is wrong. Use y")) == "TORCH_LOGS=x is wrong. Use y"
 
 
 def test_a_failure_on_fake_tensors_is_reported_with_its_first_line() -> None:

@@ -26,6 +26,7 @@ from memfit.planner.block_traces import BlockTracer
 from memfit.planner.capacity import Cap, needed_bytes
 from memfit.planner.evaluate import Predictor
 from memfit.planner.grid_search import (
+    Attempts,
     GridSketches,
     Sketch,
     _extremes,
@@ -34,6 +35,7 @@ from memfit.planner.grid_search import (
     _merge_extremes,
     find,
     sketch_fields,
+    untraceable_texts,
 )
 from memfit.planner.multi_device import search_many_devices
 from memfit.planner.multi_device_predictor import MultiDevicePredictor, MultiDeviceRequest
@@ -638,3 +640,27 @@ def test_every_plan_in_the_grids_of_an_engine_is_supported_by_it(name: str, leas
     assert len(plans) >= least
     assert bool(plans) == bool(least)
     assert not [why for p in plans if (why := carrier.refusals(p))]
+
+
+def test_a_reason_says_with_what_a_model_cannot_be_traced_and_no_more() -> None:
+    compiled, whole = make_use("compile", {}), make_use("compile", {"scope": "model"})
+    recomputed = make_use("activation-checkpointing", {})
+    error, start = "ValueError: no", "cannot be traced with this model"
+    cases: list[tuple[Attempts, list[str]]] = [
+        ({("bf16", ()): ""}, []),
+        ({("bf16", ()): "", ("bf16", (compiled,)): error}, [f"compile {start}: {error}"]),
+        (
+            {("bf16", (compiled,)): error, ("bf16", (compiled, recomputed)): ""},
+            [f"compile {start} without activation-checkpointing: {error}"],
+        ),
+        (
+            {("bf16", (compiled,)): "", ("autocast", (compiled,)): error},
+            [f"compile {start} in autocast: {error}"],
+        ),
+        (
+            {("bf16", (compiled,)): error, ("bf16", (whole,)): ""},
+            [f"compile(scope=blocks) {start}: {error}"],
+        ),
+    ]
+    for attempts, texts in cases:
+        assert untraceable_texts(attempts) == texts

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Final
 
-from memfit.types.errors import OUT_OF_MEMORY_TEXTS, UserError, suggest
+from memfit.types.errors import OUT_OF_MEMORY_TEXTS, UserError, first_line_of, suggest
 from memfit.types.job import Dimension, Job
 from memfit.types.peer_errors import is_peer_error
 
@@ -284,9 +284,8 @@ def run_user_code(action: Any, spec: str) -> Any:
             f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
         )
         error_text = error.msg if isinstance(error, SyntaxError) else text
-        first_line_of_error = (error_text.splitlines() or [""])[0]
         raise UserError(
-            f"{spec} raised {type(error).__name__}: {first_line_of_error}{at_file_and_line}"
+            f"{spec} raised {type(error).__name__}: {first_line_of(error_text)}{at_file_and_line}"
         ) from error
 
 

@@ -113,6 +113,10 @@ class GridSketches:
     predict: Callable[[Grid], GridPredictions]  # predictions for all plans of a grid of the picks
 
 
+# (compute precision, techniques of an axis) -> why the model cannot be traced with them, "" if it can
+Attempts = dict[tuple[str, Uses], str]
+_PRECISIONS = {"bf16": "bfloat16", "autocast": "autocast", "fp32": "float32"}
+
 # highest bytes of a rank that fit: of tensors on a device without buffers of NCCL, and in host memory
 Caps = tuple[float, float]
 
@@ -182,15 +186,43 @@ def grids_to_predict(
         raise no_grid_error(limits)
     predictor = _GridPredictor(traced, machine, model, limits)
     traced.trace(*predictor.needed(tasks))
+    attempts: Attempts = {}
     tasks = [
-        (predictor.traceable(grid, compute, refusals), compute, states) for grid, compute, states in tasks
+        (predictor.traceable(grid, compute, attempts), compute, states) for grid, compute, states in tasks
     ]
+    refusals += untraceable_texts(attempts)
     grid_precisions = [
         (dataclasses.replace(grid, states=states), compute)
         for grid, compute, states in tasks
         if grid.inside and grid.ends
     ]
     return predictor, grid_precisions, refusals
+
+
+def untraceable_texts(attempts: Attempts) -> list[str]:
+    """Return one text for each set of techniques that the model cannot be traced with, which says why. If the
+    model can be traced with them in another precision, with other settings or together with further
+    techniques, the text says in which precision, with which settings or without which techniques it cannot.
+    """
+    traced = [key for key, error in attempts.items() if not error]
+    texts = dict[str, None]()
+    for (compute, uses), error in attempts.items():
+        if not error:
+            continue
+        names = _names(uses)
+        alike = [_names(other) for precision, other in traced if precision == compute]
+        label = Plan(uses=uses).label if names in alike else " + ".join(sorted(names)) or "plain training"
+        further = sorted(frozenset[str]().union(*(other for other in alike if other > names)) - names)
+        where = f" in {_PRECISIONS[compute]}" if any(other == uses for _, other in traced) else ""
+        where += f" without {', '.join(further)}" if further else ""
+        texts[f"{label if uses else 'plain training'} cannot be traced with this model{where}: {error}"] = (
+            None
+        )
+    return [*texts]
+
+
+def _names(uses: Uses) -> frozenset[str]:
+    return frozenset(use.technique for use in uses)
 
 
 def _with_ends(traced: BlockTracer, model: TimeModel, limits: Limits, compute: str) -> Limits:
@@ -332,10 +364,10 @@ class _GridPredictor:
             computes[compute] = None
         return list(self.composer.keys(tuple(inside), tuple(ends), tuple(computes))), list(updates)
 
-    def traceable(self, grid: Grid, compute: str, refused: list[str]) -> Grid:
+    def traceable(self, grid: Grid, compute: str, attempts: Attempts) -> Grid:
         """Return the grid without those values of its axes ``inside`` (recomputation, compilation, float8
         layers) and ``ends`` (loss in chunks) that this model cannot be traced with. Either axis may then be
-        empty. A text that says why is appended to ``refused`` for each of them, unless it is there already.
+        empty. The outcome for each value is added to ``attempts``.
         """
 
         layout = GridLayout(ranks=1, experts=grid.layout.experts)
@@ -346,12 +378,9 @@ class _GridPredictor:
                 try:
                     self.composer.block(layout, compute, uses)
                 except UserError as error:
-                    refusal = (
-                        f"{' + '.join(u.technique for u in uses) or 'plain training'} cannot be traced with "
-                        f"this model: {error}"
-                    )
-                    refused.extend([refusal] if refusal not in refused else [])
+                    attempts[compute, uses] = str(error)
                 else:
+                    attempts.setdefault((compute, uses), "")
                     values.append(uses)
             return tuple(values)
 

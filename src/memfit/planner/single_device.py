@@ -131,7 +131,7 @@ def test_dependence(predictor: Predictor, request: Request, deadline: Deadline, 
 
 def untraceable(predictor: Predictor, request: Request) -> dict[str, str]:
     """Return the techniques of the search that the job's model cannot be traced with, each with its first
-    setting and as few others as possible, -> a text that says why."""
+    setting and as few others as possible, -> a text that says with which techniques, and why."""
     techniques = usable(predictor.job_facts, request.accuracy)[0]
     allowed = [t for t in techniques if t.name not in request.bounds.without]
     refusals_of = engine(request.engine).refusals
@@ -140,7 +140,8 @@ def untraceable(predictor: Predictor, request: Request) -> dict[str, str]:
     for name in (t.name for t in allowed if StepPart.PASSES in t.changes):
         plan = next((p for p in searched if name in p and not refusals_of(p)), None)
         if plan is not None and (error := predictor.trace_error(plan)):
-            refusals[name] = f"{name} cannot be traced with this model: {error}"
+            names = " + ".join(sorted(plan.techniques - request.baseline.techniques))
+            refusals[name] = f"{names} cannot be traced with this model: {error}"
     return refusals
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from memfit.model.blocks import equal_blocks, find_blocks
 from memfit.techniques.base import Knob, StepPart, Technique, Workbench
+from memfit.techniques.generation_cache import turn_off_caches
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -37,6 +38,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     from memfit.techniques.compiled_regions import Region
 
+    turn_off_caches(bench)
     blocks, others = list[torch.nn.Module](), list[torch.nn.Module]()
     if settings["scope"] == "model":
         others = [bench.model]

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -80,9 +81,19 @@ def first_names(names: Iterable[str], most: int) -> str:
     return f"{', '.join(names[:most])}{more}"
 
 
+# What torch appends to its errors, such as "Enable TORCH_FAKE_TENSOR_DEBUG=1 to get stack traces".
+_TORCH_ADVICE = re.compile(r"[\s.;,]*\b(?:Enable|Set|Use|Run with|To \w+)\b[^.]*\bTORCH\w*=.*")
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of the error's text, or the name of its class if that line is empty."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """Return the first line of the error's text without torch's advice on debugging, or the name of its class
+    if that line is empty."""
+    return first_line_of(str(error)) or type(error).__name__
+
+
+def first_line_of(text: str) -> str:
+    """Return the first line of an error's text without torch's advice on debugging."""
+    return _TORCH_ADVICE.sub("", next(iter(text.splitlines()), ""))
 
 
 class NothingFits(MemfitError):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.model.blocks import find_stacks
 from memfit.techniques.base import Knob, StepPart, Technique, Workbench
+from memfit.techniques.generation_cache import turn_off_caches
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -50,24 +51,15 @@ def recompute(block: torch.nn.Module, **options: Any) -> None:
     block.forward = forward
 
 
-def _turn_off_caches(bench: Workbench) -> None:
-    """Set use_cache of Hugging Face configurations to False until the step is closed, as transformers does
-    with gradient checkpointing: a block that runs again would find its own keys and values in the cache."""
-    for config in {id(c): c for m in bench.model.modules() if (c := getattr(m, "config", None))}.values():
-        if getattr(config, "use_cache", False) is True:
-            config.use_cache = False
-            bench.closers.append(functools.partial(setattr, config, "use_cache", True))
-
-
 def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    _turn_off_caches(bench)
+    turn_off_caches(bench)
     for blocks in find_stacks(bench.model, bench.job.blocks, bench.job.more_blocks).values():
         for block in blocks[:: int(settings["every"])]:
             recompute(block)
 
 
 def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    _turn_off_caches(bench)
+    turn_off_caches(bench)
     policy = str(settings["keep"])
     kept_operators = frozenset(_kept_operators(policy))
     make_predicate = functools.partial(
