@@ -215,9 +215,7 @@ def untraceable_texts(attempts: Attempts) -> list[str]:
         further = sorted(frozenset[str]().union(*(other for other in alike if other > names)) - names)
         where = f" in {_PRECISIONS[compute]}" if any(other == uses for _, other in traced) else ""
         where += f" without {', '.join(further)}" if further else ""
-        texts[f"{label if uses else 'plain training'} cannot be traced with this model{where}: {error}"] = (
-            None
-        )
+        texts[f"{label} cannot be traced with this model{where}: {error}"] = None
     return [*texts]
 
 
