@@ -111,8 +111,7 @@ def linked(to_language: str, path: str, language: str, here: str) -> str:
     replaces in the finished site, as each language is built on its own."""
     if to_language == language:
         return relative(path, here)
-    page = re.sub(r"README$", "index", path.removesuffix(".md"))  # as the site's builder names it
-    return f"https://{to_language}.memfit.invalid/{page}.html"
+    return f"https://{to_language}.memfit.invalid/{built_name(path)}"
 
 
 # -- pages generated from the code ---------------------------------------------------------------------------
@@ -797,31 +796,59 @@ def build(out: Path) -> None:
             for host in ("en", "static"):
                 text = text.replace(f"https://{host}.memfit.invalid/", f"{up}/")
             file.write_text(text, encoding="utf-8")
-    (out / "llms.txt").write_text(summary_for_models(folder / "en" / "docs"), encoding="utf-8")
+    docs = folder / "en" / "docs"
+    english = {f.relative_to(docs).as_posix(): f.read_text(encoding="utf-8") for f in docs.rglob("*.md")}
+    (out / "llms.txt").write_text(summary_for_models(english), encoding="utf-8")
     shutil.copytree(ROOT / "skills", out / "skills", dirs_exist_ok=True)
     if faults := broken_links(out):
         raise SiteError("\n".join(faults))
 
 
-def summary_for_models(docs: Path) -> str:
-    """Return llms.txt: what memfit is, and each page with its first sentence."""
+def summary_for_models(pages: Pages) -> str:
+    """Return llms.txt: what memfit is, and each of the English ``pages`` with its first sentence. Pages of
+    evidence and decisions have only their titles, because they begin with how they were made, or when."""
     lines = [f"# memfit\n\n> {TEXTS['en']['description']}\n"]
     for heading, folders in (
-        ("Start", (".", "symptoms", "guides", "lessons")),
-        ("Reference", ("commands", "api", "techniques", "engines", "jobs", "integrations")),
+        ("Start", ("", "symptoms", "guides", "lessons")),
+        ("Reference", ("commands", "api", "techniques", "engines", "jobs", "lint", "integrations")),
         ("Manual", ("manual",)),
+        ("Evidence", ("evidence",)),
+        ("Project", ("project", "decisions")),
     ):
         lines.append(f"## {heading}\n")
-        for file in (f for folder in folders for f in sorted((docs / folder).glob("*.md"))):
-            title, _, body = file.read_text(encoding="utf-8").partition("\n")
-            first = next((p for p in body.split("\n\n") if p.strip() and p.strip()[0] not in "#|`<!-*>"), "")
-            sentence = (
-                re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(first.split())).split(". ")[0].rstrip(".")
-            )
-            page = file.relative_to(docs).with_suffix(".html").as_posix()
-            lines.append(f"- [{title.removeprefix('# ')}]({page}): {sentence}.")
+        for path in (p for f in folders for p in sorted(pages) if p.rpartition("/")[0].split("/")[0] == f):
+            title = plain_text(pages[path].partition("\n")[0].removeprefix("# "))
+            summary = "" if heading in ("Evidence", "Project") else first_sentence(pages[path])
+            lines.append(f"- [{title}]({built_name(path)}){': ' if summary else ''}{summary}")
         lines.append("")
-    return "\n".join(lines)
+    titles = TEXTS["en"]["nav"]
+    lines += ["## Tools\n", *(f"- [{titles[name]}]({name}/index.html)" for name in STATIC), ""]
+    return "\n".join([*lines, "## Japanese\n", "- [日本語](ja/index.html): The site in Japanese.", ""])
+
+
+def built_name(path: str) -> str:
+    """Return the path that a page, such as ``manual/limits.md``, has in the built site."""
+    return re.sub(r"README$", "index", path.removesuffix(".md")) + ".html"
+
+
+def first_sentence(page: str) -> str:
+    """Return the first sentence of a page in Markdown that is neither in a heading, code, a list, a table nor
+    a quotation, as plain text; "" if there is none."""
+    text = re.sub(r"^ *```.*?^ *```$|<!--.*?-->", "", page, flags=re.MULTILINE | re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n", text):
+        plain = plain_text(" ".join(paragraph.split()))
+        if plain and not re.match(r"\s*(#|\||>|<|[-*] |\d+\. )|    ", paragraph):
+            sentence = re.split(r"(?<=[.?!]) (?=[^a-z]|memfit)", plain, maxsplit=1)[0]
+            return sentence if sentence.endswith(("?", "!")) else sentence.rstrip(".:") + "."
+    return ""
+
+
+def plain_text(text: str) -> str:
+    """Return a line of Markdown without images, the targets of links, and marks of emphasis."""
+    text = LINK.sub(r"\1", re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text))
+    pieces = re.split(r"(`[^`]*`)", text)
+    pieces[::2] = [re.sub(r"(?<!\\)\*+", "", piece) for piece in pieces[::2]]
+    return html.unescape(re.sub(r"\\([*_\[\]`|])", r"\1", "".join(pieces))).strip()
 
 
 class _Links(HTMLParser):

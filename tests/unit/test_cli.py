@@ -309,7 +309,8 @@ def test_a_plan_file_of_a_script_is_not_overwritten(ask: Ask, tmp_path: Path) ->
     file.write_text("mine")
     code, _, err = ask("estimate", "--plans", "--save", str(file), "--", "python", "train.py")
     assert code == 2
-    assert err == f"memfit: {file} already exists; delete it, or give another file name\n"
+    hint = f"delete it (rm {file}) and repeat the command, or name another file"
+    assert err == f"memfit: {file} already exists; {hint}\n"
     assert file.read_text() == "mine"
 
 

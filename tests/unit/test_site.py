@@ -112,6 +112,43 @@ def test_a_lesson_is_a_page_of_its_text_in_one_language_and_its_code(tmp_path: P
     assert build_site.lesson_page(lesson, "ja") == "# 9. あ\n\n```python\nx = 1  # one\n```\n"
 
 
+def test_the_summary_for_language_models_lists_every_english_page_with_a_whole_sentence(
+    sites: dict[str, build_site.Pages],
+) -> None:
+    listed = re.findall(
+        r"(?m)^- \[(.+)\]\(([^()]+)\)(?:: (.*))?$", build_site.summary_for_models(sites["en"])
+    )
+    paths = [path for _, path, _ in listed]
+    assert len(paths) == len(set(paths))
+    more = {"calculator/index.html", "gallery/index.html", "ja/index.html"}
+    assert {*paths} == {build_site.built_name(page) for page in sites["en"]} | more
+    for _, path, summary in listed:
+        if path in more or path.startswith(("evidence/", "project/", "decisions/")):
+            continue
+        assert re.fullmatch(r"\S+ .*[^.?!:][.?!]", summary), (path, summary)
+    first = {path: summary for _, path, summary in listed}
+    assert first["report.html"].startswith("`memfit poc` ends with a report on the screen; `memfit report` ")
+    assert first["manual/autopsy.html"].startswith(
+        "`memfit autopsy` reads what a death has left and says why"
+    )
+    assert first["overview.html"] == "Train the model you have in the memory you have."
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence"),
+    [
+        ("# T\n\n**Fit.** It is *so*, isn't it? Yes.\n", "Fit."),
+        ("# T\n\n![A picture](a.png)\n\n1. One\n2. Two\n\nIs [it](b.md) `a.*.b`? Yes.\n", "Is it `a.*.b`?"),
+        ("# T\n\n```sh\nls\n\nls -l\n```\n\nSee e.g. 3.5 and\nmore:\n\n- a\n", "See e.g. 3.5 and more."),
+        ("# T\n\n| a |\n| - |\n\n> no\n\n    code\n\n**error**: &lt;a\\_b&gt; is.\n", "error: <a_b> is."),
+        ("# T\n\nOne ends. memfit begins.\n", "One ends."),
+        ("# T\n\n- only\n- a list\n", ""),
+    ],
+)  # fmt: skip
+def test_the_first_sentence_of_a_page_is_whole_and_plain(page: str, sentence: str) -> None:
+    assert build_site.first_sentence(page) == sentence
+
+
 def test_japanese_sentences_have_no_spaces_where_a_line_ends() -> None:
     text = "文の途中で\n改行する。\nGPU も。\n\n1. 項目\n  の続き。\n2. GPU\n```\nあ\nい\n```\n"
     assert build_site.joined(text) == (

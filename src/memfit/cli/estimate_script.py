@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,7 +124,8 @@ def estimate_command(
     source = _script_source(command) if options.diff else None
     without = excluded_from(source) if source is not None else ()
     if options.save is not None:
-        writable(options.save, overwrite=False, hint="delete it, or give another file name")
+        hint = f"delete it (rm {shlex.quote(str(options.save))}) and repeat the command, or name another file"
+        writable(options.save, overwrite=False, hint=hint)
     for path in files.paths:
         writable(path)
     machine = machine_of(on, "world")  # may load torch
