@@ -7,7 +7,7 @@ Protocol, fixed in a commit before the first record:
 
 - Every technique with its default settings (optimal-checkpointing: a budget of 160 MiB; optimizer:
   RMSprop), on ESM-2 of 8M parameters (`protein-lm`, 8 sequences of 128 residues); expert parallelism on
-  Mixtral with 2 layers, axial parallelism on AlphaFold 2, the jobs of their pages. Techniques of several ranks
+  Mixtral with 2 layers, axial parallelism on AlphaFold 2, the jobs of their pages. Those of several ranks
   run on two processes, beside DDP with the same batch.
 - Runs are processes of memfit's own worker on a processor, one thread each, 8 steps without evaluation:
   without the technique, with it, without, with. Peaks are the counting allocator's, of the fullest rank. The
