@@ -838,7 +838,7 @@ def first_sentence(page: str) -> str:
     for paragraph in re.split(r"\n\s*\n", text):
         plain = plain_text(" ".join(paragraph.split()))
         if plain and not re.match(r"\s*(#|\||>|<|[-*] |\d+\. )|    ", paragraph):
-            sentence = re.split(r"(?<=[.?!]) (?=[^a-z]|memfit)", plain, maxsplit=1)[0]
+            sentence = re.split(r"(?<=[.?!]) (?=[^a-z0-9]|memfit)", plain, maxsplit=1)[0]
             return sentence if sentence.endswith(("?", "!")) else sentence.rstrip(".:") + "."
     return ""
 
