@@ -14,7 +14,7 @@ from child_ranks import run_script
 
 from memfit.capture.result import ScriptAnswer
 from memfit.cli.estimate_script import _edit
-from memfit.cli.plan_diff import edit_of
+from memfit.cli.plan_diff import edit_of, excluded_from
 from memfit.export.script_diff import ScriptDiff, inexpressible, read_script, script_diff
 from memfit.export.source_edits import Replacement, Source, source_of
 from memfit.jobs.registry import load
@@ -799,22 +799,50 @@ def test_the_edit_says_what_a_saved_state_holds_under_the_plan() -> None:
     line = f"line {saves.count(chr(10))}"
     remarks = diff(saves, {"bf16-parameters": {}}).remarks
     assert [r for r in remarks if "state_dict() is in bf16" in r and r.endswith(line)]
-    imports = (
-        "from torch.distributed import init_process_group\nfrom torch.utils.data import DistributedSampler\n"
-    )
-    ranks = saves.replace("import torch\n", "import torch\n" + imports, 1)
+    ranks = saves.replace("import torch\n", "import torch\n" + SEVERAL_RANKS, 1)
     assert any("parts of one rank only" in r for r in diff(ranks, {"fsdp2": {}}, ranks=2).remarks)
     assert not any("state_dict" in r for r in diff(PLAIN, {"bf16-parameters": {}}).remarks)
 
 
-def test_a_plan_of_several_ranks_needs_a_script_of_several_ranks() -> None:
+SEVERAL_RANKS = """from torch.distributed import init_process_group
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DistributedSampler
+init_process_group()
+sampler = DistributedSampler([])
+"""
+
+
+def test_a_plan_of_several_ranks_needs_a_script_of_several_ranks_and_all_reasons_are_named() -> None:
     edit = diff(PLAIN, {"ddp": {}}, ranks=2)
     assert "both init_process_group and DistributedSampler" in edit.reason
+    assert edit.reason.endswith("but it lacks init_process_group and DistributedSampler")
     wrapped = PLAIN.replace(
         "optimizer = torch", "model = nn.parallel.DistributedDataParallel(model)\noptimizer = torch", 1
-    )
+    ).replace("loss.backward()", "(loss / 2).backward()")
     assert wrapped != PLAIN
-    assert "take its lines out of the script first" in diff(wrapped, {"fsdp2": {}}, ranks=2).reason
+    reason = diff(wrapped, {"fsdp2": {}}, ranks=2).reason
+    assert "DistributedDataParallel (line 12): take its lines out of the script first" in reason
+    assert "lacks init_process_group and DistributedSampler" in reason
+    assert "LOSS.backward()" in reason
+    assert reason.count("DistributedDataParallel") == 1
+
+
+def test_an_import_that_nothing_uses_is_in_no_plans_way() -> None:
+    text = PLAIN.replace("import torch\n", "import torch\n" + SEVERAL_RANKS, 1)
+    assert diff(text, {"ddp": {}}, ranks=2).diff
+    used = text.replace("optimizer = torch", "model = DDP(model)\noptimizer = torch", 1)
+    assert "DistributedDataParallel (line 17)" in diff(used, {"ddp": {}}, ranks=2).reason
+
+
+def test_a_script_that_cannot_be_edited_is_named_before_the_search(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    excluded_from(Source("train.py", PLAIN), 1)
+    assert "cannot be edited" not in capsys.readouterr().err
+    excluded_from(Source("train.py", PLAIN), 8)
+    told = capsys.readouterr().err
+    assert told.startswith("note: train.py cannot be edited safely: the plan has 8 ranks, ")
+    assert "After the search" in told
 
 
 def test_training_arguments_are_changed_and_added(tmp_path: Path) -> None:

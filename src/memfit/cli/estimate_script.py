@@ -121,8 +121,7 @@ def estimate_command(
         raise UserError(
             "--save and --diff write a recommended plan, for which --plans searches", hint="add --plans"
         )
-    source = _script_source(command) if options.diff else None
-    without = excluded_from(source) if source is not None else ()
+    source, without = _script_source(command) if options.diff else (None, ())
     if options.save is not None:
         hint = f"delete it (rm {shlex.quote(str(options.save))}) and repeat the command, or name another file"
         writable(options.save, overwrite=False, hint=hint)
@@ -299,16 +298,18 @@ def _edit(source: Source, answer: ScriptAnswer, *, on_host: bool) -> ScriptDiff:
         return ScriptDiff(diff="", reason=str(error))
 
 
-def _script_source(command: list[str]) -> Source:
-    """Return the source of the script that the command runs. Raises UserError if the script cannot be read or
-    is not Python, if the command runs a module, and as `load_program` does."""
+def _script_source(command: list[str]) -> tuple[Source, tuple[str, ...]]:
+    """Return (the source of the script that the command runs; what `excluded_from` returns for it). Raises
+    UserError if the script cannot be read or is not Python, if the command runs a module, and as
+    `load_program` does."""
     from memfit.capture.program import load_program
     from memfit.export.script_diff import read_script
 
-    script = load_program(command).script
-    if not script:
+    program = load_program(command)
+    if not program.script:
         raise UserError(
             "--diff edits a script, but the command runs a module with -m",
             hint="name the path of the module's file in place of -m MODULE, if it runs as a script, too",
         )
-    return read_script(Path(script))
+    source = read_script(Path(program.script))
+    return source, excluded_from(source, program.ranks)

@@ -104,7 +104,9 @@ def print_diff(
                 source, plan, batch_size=job.batch_size, structure=structure, job=job, on_host=on_host
             )
         else:
-            without = (*job_request.bounds.without, *excluded_from(source))
+            divides = job_request.ranks == 1 and not job_request.is_here
+            ranks = job_request.machine.device_count if divides else job_request.ranks
+            without = (*job_request.bounds.without, *excluded_from(source, ranks))
             bounds = dataclasses.replace(job_request.bounds, without=tuple(dict.fromkeys(without)))
             result = find_plan(dataclasses.replace(job_request, bounds=bounds), progress).result
             plan, edit = edit_of(source, result, job.batch_size, structure, job=job, on_host=on_host)
@@ -114,11 +116,18 @@ def print_diff(
     return plan
 
 
-def excluded_from(source: memfit.export.source_edits.Source) -> tuple[str, ...]:
+def excluded_from(source: memfit.export.source_edits.Source, ranks: int) -> tuple[str, ...]:
     """Return the names of the techniques that no edit of the script can apply, so that a search must leave
-    them out. If there are any, name up to five of them on standard error, with the reason."""
-    from memfit.export.script_diff import inexpressible
+    them out. If there are any, name up to five of them on standard error, with the reason. If the script
+    cannot be edited for a plan of ``ranks`` ranks, say so, too, before the search."""
+    from memfit.export.script_diff import inexpressible, why_no_edit
 
+    if reason := why_no_edit(source, ranks):
+        print(
+            f"note: {source.path} cannot be edited safely: {one_line(reason)}. After the search, "
+            "memfit prints lines to insert by hand; Ctrl-C ends it",
+            file=sys.stderr,
+        )
     names, reason = inexpressible(source)
     if names:
         shown = ", ".join(names[:_MOST_NAMES])

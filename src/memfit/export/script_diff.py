@@ -22,7 +22,7 @@ from memfit.files.read import MOST_SOURCE_BYTES, read_text
 from memfit.techniques.base import JobFacts
 from memfit.techniques.precision import WITHOUT_LOSS_SCALE, clash_with_loss_scale
 from memfit.techniques.rank_mesh import layout, split_batch
-from memfit.techniques.registry import TECHNIQUES, technique
+from memfit.techniques.registry import TECHNIQUES, make_plain_plan, technique
 from memfit.types.device_kind import HOST
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -151,6 +151,15 @@ def script_diff(
         )
         return ScriptDiff(diff="", reason=error.given, lines=lines, remarks=define if terms else ())
     return ScriptDiff(diff=_diff_to(source, text), remarks=(*(define if terms else ()), *remarks))
+
+
+def why_no_edit(source: Source, ranks: int) -> str:
+    """Return why the script cannot be edited for plain training on ``ranks`` ranks, and so for no other plan
+    of as many; "" if it can, or if that depends on the plan."""
+    try:
+        return script_diff(source, make_plain_plan(ranks), batch_size=ranks).reason
+    except UserError:
+        return ""
 
 
 def inexpressible(source: Source) -> tuple[tuple[str, ...], str]:

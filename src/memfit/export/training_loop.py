@@ -30,7 +30,7 @@ from memfit.export.loop_update import (
     targets_of,
 )
 from memfit.export.self_variables import class_of, is_of_self, with_self_variables
-from memfit.export.source_edits import Source, name_of
+from memfit.export.source_edits import Source, name_of, number_lines
 from memfit.export.step_counters import step_counters
 from memfit.export.step_exits import must_end_each_step
 from memfit.types.errors import UserError
@@ -92,8 +92,20 @@ class Loop:
 
 def find_loop(source: Source, plan: Plan) -> Loop:
     """Return the training loop of the script. Raises UserError, whose ``given`` is the reason, if there is
-    none of a form that can be edited safely for ``plan``."""
-    _must_not_be_in_the_way(source, plan)
+    none of a form that can be edited safely for ``plan``. The reason names all obstacles (`_obstacles`) and
+    the first other one."""
+    reasons = [*_obstacles(source, plan)]
+    try:
+        loop = _find_loop(source, plan)
+    except UserError as error:
+        reasons.append(error.given)
+    if reasons:
+        raise UserError("; ".join(reasons))
+    return loop
+
+
+def _find_loop(source: Source, plan: Plan) -> Loop:
+    """Return what `find_loop` does. Raises UserError with the first reason; obstacles do not count."""
     place = find_place(source)
     update = find_update(source, place)
     for body in (place.body, update.step_body):
@@ -137,25 +149,42 @@ def sets_precision(plan: Plan) -> bool:
 # -- what cannot stay -----------------------------------------------------------------------------
 
 
-def _must_not_be_in_the_way(source: Source, plan: Plan) -> None:
-    names = {name_of(n) for n in ast.walk(source.tree) if isinstance(n, ast.Name | ast.Attribute)}
-    names |= {n.name for n in ast.walk(source.tree) if isinstance(n, ast.alias)}
-    if plan.ranks > 1 and (names & {"DistributedDataParallel", "DDP"}):
-        raise UserError(
-            "the script uses DistributedDataParallel; take its lines out of the script first, because a "
-            "plan of several ranks applies or replaces it"
+def _obstacles(source: Source, plan: Plan) -> Iterator[str]:
+    """Yield what the script uses that the plan replaces or must be applied before, and what a script of
+    several ranks lacks, one text each. Imports that nothing uses do not count."""
+    lines = _lines_of_uses(source)
+    wrapping = lines.get("DistributedDataParallel", set()) | lines.get("DDP", set())
+    if plan.ranks > 1 and wrapping:
+        yield (
+            f"the script uses DistributedDataParallel ({number_lines(wrapping)}): take its lines out of the "
+            "script first, because a plan of several ranks applies or replaces it"
         )
     wrapped = {name for name, is_conditional, _ in wrappers(source) if not is_conditional}
-    if in_the_way := sorted(names & _IN_THE_WAY | wrapped):
-        raise UserError(
-            f"the script uses {', '.join(in_the_way)}; the plan either replaces this or must be applied "
+    wrapped -= {"DistributedDataParallel"} if plan.ranks > 1 else set()  # named already
+    if in_the_way := sorted(lines.keys() & _IN_THE_WAY | wrapped):
+        yield (
+            f"the script uses {', '.join(in_the_way)}: the plan either replaces this or must be applied "
             "before it"
         )
-    if plan.ranks > 1 and not {"init_process_group", "DistributedSampler"} <= names:
-        raise UserError(
-            f"the plan has {plan.ranks} ranks, but the script does not use both init_process_group and "
-            "DistributedSampler"
+    missing = [name for name in ("init_process_group", "DistributedSampler") if name not in lines]
+    if plan.ranks > 1 and missing:
+        yield (
+            f"the plan has {plan.ranks} ranks, for which the script must use both init_process_group and "
+            f"DistributedSampler, but it lacks {' and '.join(missing)}"
         )
+
+
+def _lines_of_uses(source: Source) -> dict[str, set[int]]:
+    """Return name -> the lines on which the script uses it as a variable or attribute. A name that an import
+    changes counts as the original one."""
+    imports = [n for n in ast.walk(source.tree) if isinstance(n, ast.ImportFrom)]
+    aliases = {alias.asname: alias.name for n in imports for alias in n.names if alias.asname}
+    lines: dict[str, set[int]] = {}
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Name | ast.Attribute):
+            name = name_of(node)
+            lines.setdefault(aliases.get(name, name), set()).add(node.lineno)
+    return lines
 
 
 def wrappers(source: Source) -> Iterator[tuple[str, bool, int]]:
