@@ -32,7 +32,7 @@ from memfit.cost.memory_estimate import UNKNOWN_FOOTPRINT
 from memfit.report import charts, terminal
 from memfit.report.answer import answer
 from memfit.report.case import CLASSES, case_view
-from memfit.report.choices import search_view
+from memfit.report.choices import _reason, search_view
 from memfit.report.html import render_html, write_html
 from memfit.report.quantities import (
     Figure,
@@ -152,6 +152,18 @@ def test_every_japanese_text_has_a_japanese_character() -> None:
 @pytest.mark.parametrize("kind", REASONS)
 def test_every_search_reason_has_a_text(kind: str) -> None:
     assert f"reason.{kind}" in EN.texts
+
+
+@pytest.mark.parametrize(
+    ("lang", "text"),
+    [
+        ("en", "sgd is left out: the accuracy (rounding, the default) does not allow it."),
+        ("ja", "sgd は不採用：精度条件（丸めの違いまで、既定）では許容されません。"),
+    ],
+)
+def test_an_accuracy_that_nobody_requested_is_called_the_default(lang: str, text: str) -> None:
+    reason = Reason(kind=ReasonKind.LEFT_OUT_ACCURACY, technique="sgd", detail="rounding")
+    assert sentence_text(_reason(reason), load_words(lang)) == text
 
 
 def test_an_unknown_language_is_a_user_error_that_leaves_no_file(tmp_path: Path) -> None:

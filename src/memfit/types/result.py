@@ -472,7 +472,7 @@ class ReasonKind(enum.StrEnum):
     LEFT_OUT_TOO_LARGE = "left_out_too_large"  # of plans with it what NEEDED_FOR_DEVICE says of those without
     LEFT_OUT_LATE = "left_out_late"  # of plans with it what NEEDED_FOR_LIMITS says
     LEFT_OUT_NOT_LOOKED_AT = "left_out_not_looked_at"  # of plans with it what NEEDED_NOT_LOOKED_AT says
-    LEFT_OUT_ACCURACY = "left_out_accuracy"  # the requested accuracy does not allow it
+    LEFT_OUT_ACCURACY = "left_out_accuracy"  # the request's accuracy does not allow it
     LEFT_OUT_SMALL = "left_out_small"  # the ``saved_bytes`` of the job's state are too few to matter
     # Each plan that could have it fits without it, and it only adds time; plans with it were not estimated.
     LEFT_OUT_ONLY_SAVES = "left_out_only_saves"
