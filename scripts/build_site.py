@@ -732,6 +732,7 @@ def write_sources(folder: Path) -> dict[str, Path]:
             "nav": navigation(language, pages),
             "extra": {
                 "generator": False,
+                "homepage": f"https://{language}.memfit.invalid/index.html",  # by default a folder
                 "alternate": [
                     {
                         "name": TEXTS[to]["language"],
@@ -756,7 +757,7 @@ def build(out: Path) -> None:
     if out.is_dir() and not (out / "llms.txt").is_file() and {p.name for p in out.iterdir()} - {*STATIC}:
         raise SiteError(f"{out} is no earlier site: give an empty folder or a new one")
     shutil.rmtree(out, ignore_errors=True)
-    memory_pages.build(out)
+    memory_pages.build(out, in_site=True)
     folder = ROOT / "build" / "site-sources"
     for language, configuration in write_sources(folder).items():
         run = subprocess.run(
@@ -782,7 +783,7 @@ def build(out: Path) -> None:
     for file in out.rglob("*.html"):
         if file.relative_to(out).parts[0] not in STATIC:
             text = file.read_text(encoding="utf-8")
-            up = os.path.relpath(out, file.parent)
+            up = "" if file.name == "404.html" else os.path.relpath(out, file.parent)
             path = file.relative_to(out).as_posix()
             page = path.removeprefix("ja/")
             own_language = "en" if page == path else "ja"  # the calculator and the gallery are in both
@@ -791,7 +792,7 @@ def build(out: Path) -> None:
             for language, site in (("en", out), ("ja", out / "ja")):
                 if (site / page).is_file():
                     start = f'<a href="https://{language}.memfit.invalid'
-                    text = text.replace(f"{start}/index.html", f"{start}/{page}")
+                    text = text.replace(f'{start}/index.html" hreflang', f'{start}/{page}" hreflang')
             text = text.replace("https://ja.memfit.invalid/", f"{up}/ja/")
             for host in ("en", "static"):
                 text = text.replace(f"https://{host}.memfit.invalid/", f"{up}/")
@@ -867,7 +868,8 @@ class _Links(HTMLParser):
 
 def broken_links(out: Path) -> list[str]:
     """Return a line for each link, image, style or script of the built site without a target, or with an
-    anchor that its target lacks."""
+    anchor that its target lacks. A folder is no target: pages that are opened from a disk would show what is
+    in it."""
     pages = {}
     for file in out.rglob("*.html"):
         if file.name == "404.html":  # a server shows it at any address, so that its links are absolute
@@ -881,8 +883,6 @@ def broken_links(out: Path) -> list[str]:
             if re.match(r"(https?|mailto|data|javascript):", path) and "memfit.invalid" not in path:
                 continue
             goal = file if not path else Path(os.path.normpath(file.parent / unquote(path.partition("?")[0])))
-            if goal.is_dir():
-                goal /= "index.html"
             name = file.relative_to(out)
             if path.startswith("/") or not goal.is_file():
                 faults.append(f"{name}: no such target: {target}")

@@ -667,22 +667,23 @@ def page_words() -> dict[str, dict[str, Any]]:
     return texts
 
 
-def build(folder: Path) -> list[Path]:
+def build(folder: Path, *, in_site: bool = False) -> list[Path]:
     """Write the calculator, the gallery's index and one page for each model into ``folder``/calculator and
-    ``folder``/gallery, and return their paths. Each page is one file that loads nothing."""
+    ``folder``/gallery, and return their paths. Each page is one file that loads nothing. ``in_site``: whether
+    ``folder`` gets the documentation, too; the pages then have a link to it."""
     file, words = page_data(), page_words()
-    pages = {folder / "calculator" / "index.html": _page(file, words, "")}
-    pages[folder / "gallery" / "index.html"] = _index(file, words)
+    pages = {folder / "calculator" / "index.html": _page(file, words, "", in_site)}
+    pages[folder / "gallery" / "index.html"] = _index(file, words, in_site)
     for name, model in file["models"].items():
         own = file | {"models": {name: model}}
-        pages[folder / "gallery" / f"{name}.html"] = _page(own, words, name)
+        pages[folder / "gallery" / f"{name}.html"] = _page(own, words, name, in_site)
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return list(pages)
 
 
-def _page(file: Mapping[str, Any], words: Mapping[str, Any], fixed: str) -> str:
+def _page(file: Mapping[str, Any], words: Mapping[str, Any], fixed: str, in_site: bool) -> str:
     en = words["en"]
     title = en["model_title"].format(model=file["models"][fixed]["title"]) if fixed else en["title"]
     calculator, gallery = (
@@ -692,7 +693,8 @@ def _page(file: Mapping[str, Any], words: Mapping[str, Any], fixed: str) -> str:
         "calculator.html.j2",
         title=title,
         fixed=fixed,
-        links=[("calculator", calculator), ("gallery", gallery)][0 if fixed else 1 :],
+        links=[("calculator", calculator), ("gallery", gallery)][0 if fixed else 1 :]
+        + [("documentation", "../index.html")] * in_site,
         file=_json(file),
         words=_json(words),
         script=(HERE / "answer.js").read_text(encoding="utf-8"),
@@ -701,12 +703,12 @@ def _page(file: Mapping[str, Any], words: Mapping[str, Any], fixed: str) -> str:
     )
 
 
-def _index(file: Mapping[str, Any], words: Mapping[str, Any]) -> str:
+def _index(file: Mapping[str, Any], words: Mapping[str, Any], in_site: bool) -> str:
     cards = [
         (f"{name}.html", model["title"], f"{model['parameters'] / 1e6:,.0f} M")
         for name, model in file["models"].items()
     ]
-    return _rendered("gallery.html.j2", cards=cards, count=str(len(cards)), **words)
+    return _rendered("gallery.html.j2", cards=cards, count=str(len(cards)), in_site=in_site, **words)
 
 
 def _rendered(template: str, **values: Any) -> str:

@@ -210,6 +210,7 @@ async function show() {
 function translate() {
   document.documentElement.lang = lang;
   for (const e of document.querySelectorAll("[data-t]")) e.textContent = t(e.dataset.t);
+  for (const e of document.querySelectorAll("[data-t=documentation]")) e.href = lang === "ja" ? "../ja/index.html" : "../index.html";
   const title = FIXED ? t("model_title", { model: FILE.models[FIXED].title }) : t("title");
   document.title = el("title").textContent = title;
   el("language").textContent = t("language");

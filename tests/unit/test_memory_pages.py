@@ -222,3 +222,9 @@ def test_the_pages_are_single_files_that_load_nothing(tmp_path: Path) -> None:
         assert not re.search(r"<(?:link|img|iframe)\b|<script[^>]* src=|@import|url\(", text)
         for link in re.findall(r'href="([^"#]+)"', text):
             assert (page.parent / link).is_file()
+
+
+def test_the_pages_in_a_site_link_to_its_start_in_both_languages(tmp_path: Path) -> None:
+    for page in memory_pages.build(tmp_path, in_site=True):
+        assert 'href="../index.html"' in page.read_text(encoding="utf-8"), page
+    assert 'href="../ja/index.html"' in (tmp_path / "gallery" / "index.html").read_text(encoding="utf-8")

@@ -82,10 +82,13 @@ def test_a_readme_in_the_other_language_is_linked_by_the_name_of_its_built_page(
 def test_the_built_site_is_searched_for_dead_links_and_anchors(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text('<h1 id="top"></h1><a href="b.html#x">1</a><a href="#top">2</a>')
     (tmp_path / "b.html").write_text(
-        '<img src="no.png"><a href="a.html#top">3</a><a href="https://x/y">4</a>'
+        '<img src="no.png"><a href="a.html#top">3</a><a href="https://x/y">4</a><a href="./folder">5</a>'
     )
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "index.html").write_text("")
     assert build_site.broken_links(tmp_path) == [
         "a.html: no such anchor: b.html#x",
+        "b.html: no such target: ./folder",
         "b.html: no such target: no.png",
     ]
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    memory_pages.build(folder)
+    memory_pages.build(folder, in_site=True)
     return folder
 
 

@@ -106,6 +106,8 @@ def test_the_calculator_opens_in_the_language_of_the_page(browser: Any, address:
     page.locator("article a[href*='calculator']").click()
     page.wait_for_url("**/calculator/index.html*")
     assert page.evaluate("document.documentElement.lang") == language
+    page.locator("a[data-t=documentation]").click()
+    page.wait_for_url(f"{address}/{'' if language == 'en' else 'ja/'}index.html")
     page.close()
 
 
@@ -114,5 +116,6 @@ def test_every_page_of_the_guides_is_in_the_summary_for_language_models(address:
 
     with urllib.request.urlopen(f"{address}/llms.txt") as answer:
         text = answer.read().decode()
+    assert text.count("\n- [") > 300
     for file in Path(build_site.HAND / "en").rglob("*.md"):
         assert file.relative_to(build_site.HAND / "en").with_suffix(".html").as_posix() in text
