@@ -132,8 +132,13 @@ def test_a_batch_too_large_for_this_machine_is_refused_before_it_is_made(
     monkeypatch.setattr(local_machine, "free_bytes", lambda: 4 * 2**20)  # a sample has 5 x 32 x 32 x 4 bytes
     made = mock.Mock(side_effect=weather.train_batch)
     monkeypatch.setattr(weather, "train_batch", made)
-    for words in (("estimate",), ("plan", "--on", "8xB200")):
-        assert main((words[0], "weather", "--batch", "4096", *words[1:])) == 2
+    for command in (
+        "estimate",
+        "plan --on 8xB200",
+        "estimate --precision both",
+        "baseline write --file b.toml",
+    ):
+        assert main((*command.split(), "weather", "--batch", "4096")) == 2
         err = capsys.readouterr().err
         assert "--batch 4096: to predict a step of weather" in err
         assert "it takes 80 MiB, more than a third of the 4 MiB that are free" in err

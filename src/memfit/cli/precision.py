@@ -66,8 +66,8 @@ class PrecisionOptions:
 
 def print_precision(job: JobOptions, options: PrecisionOptions, *, lang: str, as_json: bool) -> None:
     """Print which modules must stay in float32, and the error they would cause in half precision. Raises
-    UserError for an unknown --precision or --device, for a job that cannot be loaded, and if the loss is not
-    finite in float32.
+    UserError for an unknown --precision or --device, for a job that cannot be loaded, if the batch of a
+    built-in job is too large for this machine, and if the loss is not finite in float32.
 
     The code of each module runs in half precision and in float64 on real activations and gradients. The
     recorded results of its child modules are used instead of running these, so that an error is attributed to
@@ -76,12 +76,12 @@ def print_precision(job: JobOptions, options: PrecisionOptions, *, lang: str, as
     device = check_choice("--device", options.device, [k.name for k in device_kinds() if k.checked])
     quiet_libraries()
     from memfit.jobs.registry import load
-    from memfit.planner.workload import workload_of
+    from memfit.planner.workload import stored_workload
     from memfit.precision.advise import advise
     from memfit.report.precision_terminal import print_advice
 
     loaded_job = load(job.ref)
-    workload = workload_of(loaded_job)
+    workload = stored_workload(job.ref, loaded_job)
     with Bars(lang) as progress:
         results = advise(
             loaded_job,

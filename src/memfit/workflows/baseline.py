@@ -24,6 +24,7 @@ from memfit.files.replace import only_writer, write_whole
 from memfit.inputs import on_ranks, plan_of
 from memfit.jobs import huggingface
 from memfit.jobs.registry import load
+from memfit.planner.batch_memory import check_batch_memory
 from memfit.planner.evaluate import Predictor
 from memfit.report.baseline_drift import compare_baseline
 from memfit.report.baseline_file import baseline_text, read_baseline
@@ -114,14 +115,11 @@ def _predictions(
     for index, target in enumerate(targets):
         on_target(index, len(targets), target)
         machine = machine_named(_relative_path(target.machine, folder))
-        job = load(
-            JobRef(
-                spec=job_path(target, folder),
-                size=target.size,
-                batch=target.batch,
-                length=target.length,
-            )
+        ref = JobRef(
+            spec=job_path(target, folder), size=target.size, batch=target.batch, length=target.length
         )
+        check_batch_memory(ref)
+        job = load(ref)
         plan = None if target.plan == PLAIN else _relative_path(target.plan, folder)
         yield predict(target, job, plan_on(plan, machine), machine, folder)
 
