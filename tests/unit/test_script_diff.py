@@ -582,9 +582,10 @@ def test_texts_inserted_at_one_place_keep_their_order_also_before_a_replacement(
 
 
 REFUSED = {
-    "several statements on one line": (
-        PLAIN.replace("out = model(x)\n", "out = model(x); z = 1\n"),
-        "line 19 has several statements",
+    "a loop on one line": (
+        PLAIN[: PLAIN.index("        x, y = x.to")].rstrip()
+        + " out = model(x); loss = F.cross_entropy(out, y); loss.backward(); optimizer.step()\n",
+        "line 16 has several statements of the loop behind the head of a block: put each on a line of its",
     ),
     "accumulation of its own": (
         PLAIN.replace("        optimizer.step()\n", "        if index % 2:\n            optimizer.step()\n"),
@@ -1326,7 +1327,7 @@ def test_lines_to_insert_by_hand_name_clipping_and_scaler() -> None:
     assert twice != SCALED
     lines = "\n".join(diff(twice, {"activation-checkpointing": {}}).lines)
     assert "clip=0.5" in lines
-    assert "scaler=..." in lines
+    assert "scaler=scaler" in lines
     lines = "\n".join(diff(twice.replace("0.5)", "max(0.5, 1))"), {"bf16-autocast": {}}).lines)
     assert "clip=..." in lines
     assert "scaler" not in lines
@@ -1375,3 +1376,47 @@ def test_a_text_is_written_as_a_literal_of_one_line() -> None:
     text = 'a "b"\n\\c\tä'
     assert source_of({text: [1]}) == '{"a \\"b\\"\\n\\\\c\\tä": [1]}'
     assert ast.literal_eval(source_of(text)) == text
+
+
+ONE_LINE = """import torch
+from torch import nn
+from torch.nn import functional as F
+
+torch.manual_seed(0)
+blocks = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+net = nn.Sequential(nn.Linear(16, 64), blocks, nn.Linear(64, 4))
+opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
+sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
+scaler = torch.amp.GradScaler("cpu", enabled=False)
+for step in range(3):
+    x = torch.randn(16, 16); y = torch.randint(0, 4, (16,))  # Ä; as in notebooks
+    loss = F.cross_entropy(net(x), y); shown = f"{step}; {loss.item()}"
+    opt.zero_grad(); scaler.scale(loss).backward()
+    scaler.step(opt); scaler.update(); sched.step()
+print(sum(p.double().abs().sum().item() for p in net.parameters()))
+"""
+
+
+def test_statements_of_the_loop_that_share_a_line_are_put_on_lines_of_their_own(tmp_path: Path) -> None:
+    edit = diff(ONE_LINE, {"activation-checkpointing": {}}, batch=16)
+    text = patched(ONE_LINE, edit, tmp_path)
+    assert "\n    fit.step()\n    sched.step()\n" in text
+    assert "scaler=scaler" in text
+    assert output(text, tmp_path) == output(ONE_LINE, tmp_path)
+
+
+def test_messages_name_the_lines_of_the_script_although_statements_were_moved() -> None:
+    text = ONE_LINE.replace("shown = f", "print(loss); shown = f")
+    remarks = diff(text, {"gradient-accumulation": {"micro_batches": 2}}, batch=16).remarks
+    repeated = [remark for remark in remarks if "once for each micro-batch" in remark]
+    assert [remark.rpartition(": ")[2] for remark in repeated] == ["line 13"]
+
+
+def test_lines_to_insert_by_hand_have_the_names_of_the_script() -> None:
+    text = ONE_LINE.replace("sched.step()\n", "sched.step(); net.grad = scaler.unscale_(opt)\n")
+    edit = diff(text, {"activation-checkpointing": {}}, batch=16)
+    assert "line 15 calls unscale_" in edit.reason
+    block = "\n".join(edit.lines)
+    assert 'memfit.apply({"activation-checkpointing": {"every": 1}}, net, opt, scaler=scaler)' in block
+    assert "net, opt = fit.model, fit.optimizer" in block
+    assert "in place of opt.step()" in block

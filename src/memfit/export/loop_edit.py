@@ -19,6 +19,7 @@ from memfit.export.loop_update import (
     stored_names,
     targets_of,
 )
+from memfit.export.own_lines import on_own_lines, with_original_lines
 from memfit.export.self_variables import source_with_self_variables
 from memfit.export.source_edits import Source, literal, name_of, number_lines, source_of
 from memfit.export.step_counters import repeated_lines
@@ -57,15 +58,15 @@ def apply_lines(
     return [*lines, f"{model}, {optimizer} = {fit}.model, {fit}.optimizer"]
 
 
-def loop_lines(batch: str, samples: int) -> list[str]:
-    """Return the lines of a training step that uses a plan, for a person to insert into a loop. ``batch``:
-    the variable of the batch. ``samples``: samples of a step on one rank, which a comment names."""
+def loop_lines(batch: str, samples: int, *, optimizer: str) -> list[str]:
+    """Return the lines of a training step that uses a plan, for a person to insert into a loop. ``batch``,
+    ``optimizer``: variables. ``samples``: samples of a step on one rank, which a comment names."""
     return [
         f"for {batch} in fit.split({batch}):  # of all {samples} samples of a step",
         "    with fit.forward():",
         "        loss = ...  # forward and loss, as before",
         "    fit.backward(loss)  # in place of loss.backward()",
-        "fit.step()  # in place of optimizer.step(); it frees the gradients, too",
+        f"fit.step()  # in place of {optimizer}.step(); it frees the gradients, too",
     ]
 
 
@@ -84,6 +85,27 @@ def edit_loop(
     reason, if the script splits its batch itself, if it has no loop that can be edited safely, if its batch
     cannot be split into micro-batches (`_must_split_alike`), or if the plan needs an example batch and the
     loop shows none."""
+    split, numbers = on_own_lines(source_with_self_variables(source))
+    try:
+        text, remarks = _edit_lines(
+            split, plan, structure, samples, loss_terms=loss_terms, own_micro_batches=own_micro_batches
+        )
+    except UserError as error:
+        raise UserError(with_original_lines(error.given, numbers)) from error
+    return text, tuple(with_original_lines(remark, numbers) for remark in remarks)
+
+
+def _edit_lines(
+    source: Source,
+    plan: Plan,
+    structure: Mapping[str, Any],
+    samples: int,
+    *,
+    loss_terms: str,
+    own_micro_batches: int,
+) -> tuple[str, tuple[str, ...]]:
+    """Return what `edit_loop` does for a source whose loop has each statement on a line of its own. Raises
+    UserError as that does."""
     source = source_with_self_variables(source)
     loop = find_loop(source, plan)
     own = max(own_micro_batches, _repetitions(loop))

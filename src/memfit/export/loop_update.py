@@ -356,7 +356,8 @@ def must_be_on_lines(body: Statements) -> None:
     shared = next((b.lineno for a, b in itertools.pairwise(body) if end(a) >= b.lineno), None)
     if shared is not None:
         raise UserError(
-            f"line {shared} has several statements of the loop, which must be on lines of their own"
+            f"line {shared} has several statements of the loop behind the head of a block: put each on a "
+            "line of its own"
         )
 
 

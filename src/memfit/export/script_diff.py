@@ -144,10 +144,11 @@ def script_diff(
         )
     except UserError as error:
         further = {"loss_terms": terms, **_own_arguments(source, plan)}
+        model, optimizer = _model_and_optimizer(source)
         lines = (
             "import memfit",
-            *apply_lines(plan, "model", "optimizer", structure, further=further),
-            *loop_lines("batch", samples),
+            *apply_lines(plan, model, optimizer, structure, further=further),
+            *loop_lines("batch", samples, optimizer=optimizer),
         )
         return ScriptDiff(diff="", reason=error.given, lines=lines, remarks=define if terms else ())
     return ScriptDiff(diff=_diff_to(source, text), remarks=(*(define if terms else ()), *remarks))
@@ -201,14 +202,35 @@ def _always_clips(source: Source) -> bool:
 
 def _own_arguments(source: Source, plan: Plan) -> dict[str, str]:
     """Return the source of memfit.apply's arguments clip and scaler for a script that clips gradients or has
-    a GradScaler which the plan does not replace: a literal norm, or else "..." for the user to fill in."""
+    a GradScaler which the plan does not replace: a literal norm and the script's variable, or else "..." for
+    the user to fill in."""
     arguments = dict[str, str]()
     if clips := source.calls(frozenset({"clip_grad_norm_"})):
         norms = {source.of(c.args[1]) for c in clips if len(c.args) > 1 and literal(c.args[1]) is not None}
         arguments["clip"] = norms.pop() if len(norms) == len(clips) == 1 else "..."
-    if not sets_precision(plan) and source.calls(frozenset({"GradScaler"})):
-        arguments["scaler"] = "..."
+    if not sets_precision(plan) and (scalers := source.calls(frozenset({"GradScaler"}))):
+        names = [name for name, value in _assignments(source) if value in scalers]
+        arguments["scaler"] = names[0] if len(names) == len(scalers) == 1 else "..."
     return arguments
+
+
+def _model_and_optimizer(source: Source) -> tuple[str, str]:
+    """Return the variables (MODEL, OPTIMIZER) of the script's only assignment of the form ``OPTIMIZER =
+    NAME(MODEL.parameters(), ...)``; ("model", "optimizer") if there is none or more than one."""
+    found = set[tuple[str, str]]()
+    for name, value in _assignments(source):
+        argument = value.args[0] if isinstance(value, ast.Call) and value.args else None
+        parameters = argument.func if isinstance(argument, ast.Call) else None
+        if isinstance(parameters, ast.Attribute) and parameters.attr == "parameters":
+            found.add((source.of(parameters.value), name))
+    return found.pop() if len(found) == 1 else ("model", "optimizer")
+
+
+def _assignments(source: Source) -> Iterator[tuple[str, ast.expr]]:
+    """Yield (variable or attribute, value) for each assignment to a single one."""
+    for node in (n for n in ast.walk(source.tree) if isinstance(n, ast.Assign) and len(n.targets) == 1):
+        if isinstance(target := node.targets[0], ast.Name | ast.Attribute):
+            yield source.of(target), node.value
 
 
 def _always_scales_loss(source: Source) -> bool:
