@@ -17,7 +17,8 @@ Protocol, fixed in a commit before the first record:
   million, take ten times the memory of this small model (226 MB without, 2,181 MB with).
 
 The records of 2026-12-01 were made beside other work on the same two hardware threads: their step times are
-rough. A processor is no accelerator: what a technique saves in bytes carries over, what it costs in time does not.
+rough. A processor is no accelerator: what a technique saves in bytes carries over, what it costs in time does
+not.
 """
 
 from __future__ import annotations
