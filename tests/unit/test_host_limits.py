@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from unittest import mock
 
@@ -146,6 +147,12 @@ def test_a_batch_too_large_for_this_machine_is_refused_before_it_is_made(
     assert {call.args[2] for call in made.call_args_list} <= {1}
     check_batch_memory(JobRef(spec="weather", batch=68))
     check_batch_memory(JobRef(spec="weather"))  # its own batch
+    vision = JobRef(
+        spec="hf:vit?num_hidden_layers=1", batch=7
+    )  # a sample has 3 x 224 x 224 x 4 bytes and a label
+    with pytest.raises(UserError, match=r"allowed: at most 2 samples of 588 KiB each"):
+        check_batch_memory(vision)
+    check_batch_memory(dataclasses.replace(vision, batch=2))
     monkeypatch.setattr(local_machine, "free_bytes", lambda: 4 * 2**10)
     with pytest.raises(UserError, match="allowed: none of this size"):
         check_batch_memory(JobRef(spec="weather", batch=1))

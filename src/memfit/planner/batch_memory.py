@@ -1,4 +1,4 @@
-"""Whether a built-in job's batch fits this machine's memory, where memfit makes it to predict a step."""
+"""Whether the batch of a job fits this machine's memory, where memfit makes it to predict a step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Final
 
+from memfit.jobs import huggingface
 from memfit.jobs.registry import load, names
 from memfit.model.batch_objects import batch_tensors
 from memfit.runtime import local_machine
@@ -18,10 +19,10 @@ _FREE_SHARE: Final = 3  # a prediction holds up to 2.2 times the bytes of a batc
 
 
 def check_batch_memory(ref: JobRef) -> None:
-    """Raise UserError if ``ref`` states a batch of a built-in job whose samples take more than a third of
-    this machine's free memory. One sample is made to know its bytes, once in a process for each size of a
-    job. Nothing is checked for other jobs, and for a batch that ``ref`` leaves to the job."""
-    if ref.batch is None or ref.spec not in names():
+    """Raise UserError if ``ref`` states a batch of a built-in or Hugging Face job whose samples take more
+    than a third of this machine's free memory. One sample is made to know its bytes, once in a process for
+    each size of a job. Nothing is checked for the user's jobs and if ``ref`` states no batch."""
+    if ref.batch is None or not (ref.spec in names() or ref.spec.startswith(huggingface.PREFIX)):
         return
     sample_bytes = _sample_bytes(dumps(dataclasses.replace(ref, batch=1)))
     free_bytes = local_machine.free_bytes()

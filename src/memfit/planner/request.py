@@ -188,9 +188,9 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
     machine and engine).
 
     ``replicas``: whether every rank trains samples of its own. If so, and if the batch has fewer samples than
-    there are ranks, raises UserError. Also raises it if the job cannot be loaded, if the batch of a built-in
-    job is too large for this machine (`check_batch_memory`), if the job names blocks or a head that its model
-    does not have, or if the environment variable ``MEMFIT_CACHE_LIMIT`` is no size.
+    there are ranks, raises UserError. Also raises it if the job cannot be loaded, if its batch is too large
+    for this machine and was not predicted here before (`check_batch_memory`), if the job names blocks or a
+    head that its model does not have, or if the environment variable ``MEMFIT_CACHE_LIMIT`` is no size.
     """
     job, ranks = load(request.job_ref), request.ranks
     if replicas and job.batch_size < ranks:
@@ -200,14 +200,14 @@ def make_predictor(request: Request, *, replicas: bool = True) -> tuple[Job, Pre
             allowed=f"a batch of at least {ranks} samples (--batch, or the job's own)",
             hint="or fewer ranks: a smaller --nproc, or --on a machine with fewer devices",
         )
-    check_batch_memory(request.job_ref)
     stored = stored_predictions(request.job_ref, job)
     how = request.machine.device.kind, request.ranks, half_precision_of(request.machine)
-    facts = (
-        stored.get_or_compute(JobFacts, lambda: job_facts(job, *how), "job facts", *how)
-        if stored
-        else job_facts(job, *how)
-    )
+
+    def compute_facts() -> JobFacts:
+        check_batch_memory(request.job_ref)
+        return job_facts(job, *how)
+
+    facts = stored.get_or_compute(JobFacts, compute_facts, "job facts", *how) if stored else compute_facts()
     return job, Predictor(
         job=job,
         machine=request.machine,

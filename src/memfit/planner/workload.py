@@ -39,13 +39,15 @@ def workload_of(job: Job, machine: str = "") -> Workload:
 
 def stored_workload(ref: JobRef, job: Job, machine: str = "") -> Workload:
     """Return the workload (`workload_of`) of the job that ``ref`` names and `load` has returned. That of a
-    built-in job is read from disk if it is there, because building its model takes seconds. Raises UserError
-    as `check_batch_memory` does."""
-    check_batch_memory(ref)
-    stored = stored_predictions(ref, job) if ref.spec in names() else None
-    if stored is None:
+    built-in job is read from disk if it is there, because building its model takes seconds; if not, raises
+    UserError as `check_batch_memory` does."""
+
+    def compute() -> Workload:
+        check_batch_memory(ref)
         return workload_of(job, machine)
-    return stored.get_or_compute(Workload, lambda: workload_of(job, machine), "workload", machine)
+
+    stored = stored_predictions(ref, job) if ref.spec in names() else None
+    return stored.get_or_compute(Workload, compute, "workload", machine) if stored else compute()
 
 
 def _model(job: Job) -> str:
