@@ -30,6 +30,7 @@ from memfit.types.units import MIB
 from memfit.workflows import proof_of_concept, single_run
 from memfit.workflows.proof_of_concept import (
     ABLATION,
+    BASELINE,
     Objective,
     Request,
     explain,
@@ -339,6 +340,12 @@ def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Reques
     assert [(v.name, v.verdict.test, v.verdict.kind) for v in judged] == [
         ("recommended", "identity", VerdictKind.EQUIVALENT)
     ]
+    whole_runs = {r.spec.role: r for r in found.runs if r.measurement.outcome is OutcomeKind.OK}
+    base, ablation = whole_runs[BASELINE], whole_runs[ABLATION]
+    poc_runner.steps = base.spec.steps
+    short = dataclasses.replace(ablation, spec=dataclasses.replace(ablation.spec, steps=1))
+    judged = list(poc_runner._verdicts([base], [base], [base, ablation, short]))
+    assert [v.name for v in judged] == ["recommended", ablation.spec.name], "a shortened run is not judged"
     names = [s.name for s in poc_runner.specs()]
     assert names[:4] == ["baseline", "baseline", "recommended", "recommended again"]
     assert list(poc_runner._interactions([])) == []

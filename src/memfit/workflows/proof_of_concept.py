@@ -589,7 +589,8 @@ class _PocRunner:
                 cause=Cause(kind="same_plan"),
             )
             yield NamedVerdict(name=RECOMMENDED, plan=self.baseline, verdict=identity_verdict)
-        for other in (r for r in runs if r.spec.role == ABLATION):
+        whole_ablations = [r for r in runs if r.spec.role == ABLATION and r.spec.steps == self.steps]
+        for other in whole_ablations:  # shortened ones show no accuracy
             outcome = self._verdict(baseline_runs[:1], [other])
             yield NamedVerdict(name=other.spec.name, plan=other.spec.plan, verdict=outcome)
 
