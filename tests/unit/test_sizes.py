@@ -53,7 +53,8 @@ def test_the_batch_is_not_reduced_below_one_sample_per_rank(monkeypatch: pytest.
     machine = local_machine.this_machine("world")
     request = Request(job_ref=JobRef(spec="protein-ss", batch=3), machine=machine, ranks=2)
     job, predictor = make_predictor(request)
-    monkeypatch.setattr(local_machine, "free_bytes", lambda: 1)
+    between_bytes = 10 * 2**20  # less than the training needs, more than its batch
+    monkeypatch.setattr(local_machine, "free_bytes", lambda: between_bytes)
     _, job, *_ = search._reduce_batch(request, job, predictor, predictor.whole(make_plain_plan(2)))
     assert job.batch_size == 2
 

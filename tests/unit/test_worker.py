@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from memfit.trace.tracer import trace
 from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import RunSpec
+from memfit.types.launch import OperatorRequest, RunSpec
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import Measurement, OutcomeKind, Run
 from memfit.worker import calibrate, train
@@ -326,10 +327,11 @@ def test_calibration_reports_its_rates_and_a_result(
     monkeypatch.setattr(memory, "peak_counter", Counter)
     monkeypatch.setattr(op_benchmark, "_MATMUL_SIZE", 64)
     monkeypatch.setattr(op_benchmark, "_COPY_BYTES", 2**16)
-    path = tmp_path / "request.json"
+    path = tmp_path / "settings.json"
+    request = OperatorRequest(signatures=(), timing_s=1.0, packages=("math",))
     for threads in (0, 1):
-        request = {"threads": threads, "device": "cpu", "packages": ["math"], "signatures": [], "timing_s": 1}
-        path.write_text(json.dumps({**request, "rates": True, "memory_only": False}))
+        path.write_text(json.dumps({"threads": threads, "device": "cpu"}))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(serialization.dumps(request) + "\n"))
         calibrate.main(path)
         rates, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
         assert rates["calibration"]["flops_s"]["float32"] > 0

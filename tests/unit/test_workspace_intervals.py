@@ -266,7 +266,7 @@ def test_probed_operators_are_cached_and_not_probed_again(monkeypatch: pytest.Mo
     def refuse(*args: Any, **settings: Any) -> Any:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(memfit.planner.workspace_probes, "run", refuse)
+    monkeypatch.setattr(memfit.planner.workspace_probes, "start", refuse)
     assert estimated("volumes").allocated_bytes == once.allocated_bytes
 
 
@@ -276,7 +276,7 @@ def test_the_interval_is_that_without_probes_if_no_process_can_start(
     def fails(*args: Any, **settings: Any) -> Any:
         raise OSError("no process can be started")
 
-    monkeypatch.setattr(memfit.planner.workspace_probes, "run", fails)
+    monkeypatch.setattr(memfit.planner.workspace_probes, "start", fails)
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path)
     found = estimated("volumes")
     assert found.allocated_bytes == estimated("volumes", probe=False).allocated_bytes
@@ -285,7 +285,7 @@ def test_the_interval_is_that_without_probes_if_no_process_can_start(
 def test_another_machine_is_not_probed_and_gets_a_wider_interval(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memfit.planner.workspace_probes, "run", None)
+    monkeypatch.setattr(memfit.planner.workspace_probes, "start", None)
     found = estimated("volumes", machine="H100-SXM")
     assert any("convolution" in a for a in found.estimate.assumptions)
     assert found.allocated_bytes.high > 1.01 * found.allocated_bytes.value
@@ -320,7 +320,7 @@ def test_an_estimate_for_another_card_covers_what_backward_of_attention_takes() 
 
 
 def test_a_model_without_kernels_to_probe_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memfit.planner.workspace_probes, "run", None)
+    monkeypatch.setattr(memfit.planner.workspace_probes, "start", None)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     found = memfit.estimate(model, torch.rand(8, 64))
     assert found.allocated_bytes.high == pytest.approx(1.01 * found.allocated_bytes.value)
