@@ -217,13 +217,13 @@ def _own_arguments(source: Source, plan: Plan) -> dict[str, str]:
 def _model_and_optimizer(source: Source) -> tuple[str, str]:
     """Return the variables (MODEL, OPTIMIZER) of the script's only assignment of the form ``OPTIMIZER =
     NAME(MODEL.parameters(), ...)``; ("model", "optimizer") if there is none or more than one."""
-    found = set[tuple[str, str]]()
+    pairs = set[tuple[str, str]]()
     for name, value in _assignments(source):
         argument = value.args[0] if isinstance(value, ast.Call) and value.args else None
         parameters = argument.func if isinstance(argument, ast.Call) else None
         if isinstance(parameters, ast.Attribute) and parameters.attr == "parameters":
-            found.add((source.of(parameters.value), name))
-    return found.pop() if len(found) == 1 else ("model", "optimizer")
+            pairs.add((source.of(parameters.value), name))
+    return pairs.pop() if len(pairs) == 1 else ("model", "optimizer")
 
 
 def _assignments(source: Source) -> Iterator[tuple[str, ast.expr]]:
