@@ -456,14 +456,12 @@ def test_calls_of_equal_blocks_are_those_of_the_second_without_running_all(by_nu
         (Objective.SMALLEST, lambda e, technique: True, False),
     ],
 )
-def test_a_long_search_skips_what_only_saves_memory_where_plans_fit_without_it(
+def test_a_search_for_another_device_skips_what_only_saves_memory_where_plans_fit_without_it(
     goal: Objective,
     fits: Callable[[Estimate, str], bool],
     skipped: bool,
     technique: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(single_device, "is_long", lambda predictor: True)
     job = _evoformer(16, 4) if technique == "chunking" else load(JobRef(spec="protein-lm"))
     gpu, sketches = machine("RTX-4090"), list[Estimate]()
     predictor = Predictor(job=job, machine=gpu, job_facts=job_facts(job, "cuda"))

@@ -265,6 +265,19 @@ def test_efficiency_between_measurements_is_interpolated_over_the_logarithm_of_w
     assert found.op_s(op(3)) == 1e-6
 
 
+def test_calls_with_little_work_tell_what_a_call_takes_and_nothing_of_the_speed_at_more_work() -> None:
+    """Calls with 1e-9 s and 1e-8 s of ideal work take 2e-5 s and 4e-5 s: their calls take 3e-5 s."""
+    tiny, small, large = op(1, flops=100), op(2, flops=1000), op(3, flops=10**9)
+    found = model(dataclasses.replace(CALIBRATED, op_s={"s1": 2e-5, "s2": 4e-5}), tiny, small)
+    assert found.op_s(large) == pytest.approx(1e-2, rel=0.01)
+    assert found.op_s(op(4, flops=200)) == pytest.approx(3e-5 + 1e-6, rel=1e-3)
+    assert found.op_s(op(4, op="aten.bmm.default", flops=200)) == pytest.approx(3e-5 + 1e-6, rel=1e-3)
+    # the time of the call is not part of the efficiency: 1e-4 s of ideal work took 2e-4 + 3e-5 s
+    timed = dataclasses.replace(CALIBRATED, op_s={"s1": 2e-5, "s2": 4e-5, "s5": 2.3e-4})
+    found = model(timed, tiny, small, op(5, flops=10**7))
+    assert found.op_s(large) == pytest.approx(2e-2 + 3e-5 + 1e-6, rel=1e-3)
+
+
 WORK = st.lists(st.tuples(st.integers(0, 10**12), st.integers(0, 10**10)), min_size=1, max_size=5)
 
 

@@ -1,12 +1,12 @@
 """Turn a trace into time: every operator on the device's roofline, corrected by what calibration measured.
 
 An operator's time is the first of these that is available: the time measured for its exact signature; on an
-accelerator of the catalog that was not measured, the time by its class and shape (kernel_model.py); the
-roofline max(FLOPs / rate, bytes / bandwidth) divided by the efficiency measured for the same operator and
-dtype, interpolated between the nearest amounts of work; the plain roofline, at an assumed efficiency if the
-rates were not measured. On a processor, each call also costs the measured overhead of autograd and Python. On
-an accelerator, kernels wait for their launch only if the host is slower than the kernels
-(stream_simulator.py). (Williams et al. 2009.)
+accelerator of the catalog that was not measured, the time by its class and shape (kernel_model.py); the time
+of a call without work, plus the roofline max(FLOPs / rate, bytes / bandwidth) divided by the efficiency
+measured for the same operator and dtype, interpolated between the nearest amounts of work; the plain
+roofline, at an assumed efficiency if the rates were not measured. On a processor, each call also costs the
+measured overhead of autograd and Python. On an accelerator, kernels wait for their launch only if the host is
+slower than the kernels (stream_simulator.py). (Williams et al. 2009.)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
@@ -41,9 +42,10 @@ class TimeModel:
     ``flops_s``: FLOP/s by dtype. ``bandwidth_bytes_s``: memory bandwidth. ``overhead_s``: added to every
     call, except those whose seconds come from ``kernels``. ``efficiency_ratio``: seconds by `roofline_s` over
     real seconds, for operators without a curve. ``offload_bytes_s``: rate of writing offloaded tensors and of
-    reading them back. ``curves``: (operator, dtype) -> sorted [(log of the seconds by `roofline_s`,
-    efficiency_ratio at that size)], from timed operators. ``kernels``: rates of an accelerator of the catalog
-    that was not calibrated, else None.
+    reading them back. ``call_s``: seconds that a call takes without work, by operator, from timed operators;
+    "" for operators that are not in it. ``curves``: (operator, dtype) -> sorted [(log of the seconds by
+    `roofline_s`, efficiency_ratio at that size)], from timed operators. ``kernels``: rates of an accelerator
+    of the catalog that was not calibrated, else None.
     """
 
     calibration: Calibration
@@ -52,7 +54,8 @@ class TimeModel:
     overhead_s: float
     efficiency_ratio: float
     offload_bytes_s: float
-    curves: Mapping[tuple[str, str], list[tuple[float, float]]]
+    call_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    curves: Mapping[tuple[str, str], list[tuple[float, float]]] = dataclasses.field(default_factory=dict)
     kernels: Kernels | None = None
 
     def roofline_s(self, op: OpCall) -> float:
@@ -68,9 +71,9 @@ class TimeModel:
 
         - the time that the calibration has for exactly this signature, plus ``overhead_s``
         - the time by ``kernels``, from the operator's class and shape
-        - `roofline_s` over the efficiency, plus ``overhead_s``. The efficiency is interpolated in the curve
-          of the same operator and dtype (or float32), and beyond its ends that of the nearer end; without a
-          curve it is ``efficiency_ratio``.
+        - ``call_s`` of the operator, plus `roofline_s` over the efficiency, plus ``overhead_s``. The
+          efficiency is interpolated in the curve of the same operator and dtype (or float32), and beyond its
+          ends that of the nearer end; without a curve it is ``efficiency_ratio``.
         """
         if op.op.startswith((*COLLECTIVES, STREAMS)):
             return 0.0
@@ -80,7 +83,7 @@ class TimeModel:
         if self.kernels is not None:
             return self.kernels.seconds(op)
         ideal_s = self.roofline_s(op)
-        return ideal_s / self._efficiency(op, ideal_s) + self.overhead_s
+        return _call_s(self.call_s, op) + ideal_s / self._efficiency(op, ideal_s) + self.overhead_s
 
     def _efficiency(self, op: OpCall, ideal_s: float) -> float:
         curve = self.curves.get((op.op, op.dtype)) or self.curves.get((op.op, "float32"))
@@ -117,8 +120,8 @@ def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] 
     """Return the time model of the device. FLOP/s and memory bandwidth are the calibration's or, if it has
     none, the catalog's. None if the FLOP/s or the bandwidth are in neither.
 
-    ``seen``: operators. Those of them that ``calibration`` has timed give the efficiency for calls of the
-    same operator and dtype with other sizes.
+    ``seen``: operators. Those of them that ``calibration`` has timed give the seconds without work and the
+    efficiency for calls of the same operator with other sizes.
     """
     rates = dict(calibration.flops_s) or {k: f.value for k, f in device.peak_flops.items()}
     catalog_bandwidth = device.bandwidth_bytes_s.value if device.bandwidth_bytes_s else 0.0
@@ -133,10 +136,11 @@ def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] 
         overhead_s=calibration.overhead_s if calibrated else ASSUMED_OVERHEAD_S,
         efficiency_ratio=1.0 if calibrated else ASSUMED_EFFICIENCY_RATIO,
         offload_bytes_s=calibration.disk_bytes_s or ASSUMED_LINK_BYTES_S,
-        curves={},
         kernels=None if calibrated or device.is_host else kernels(device),
     )
-    return dataclasses.replace(base_model, curves=_curves(base_model, seen))
+    timed_ops = _timed_ops(base_model, seen)
+    call_s = _calls_without_work(timed_ops)
+    return dataclasses.replace(base_model, call_s=call_s, curves=_curves(timed_ops, call_s))
 
 
 def step_basis(device: Device, calibration: Calibration) -> str:
@@ -149,12 +153,42 @@ def step_basis(device: Device, calibration: Calibration) -> str:
     return "published" if is_published and not device.is_host else "assumed"
 
 
-def _curves(model: TimeModel, ops: Iterable[OpCall]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+_Timed = tuple[OpCall, float, float]  # operator, seconds by `roofline_s`, measured seconds
+_LITTLE_WORK_S = 1e-5  # by `roofline_s`; what a call with less takes beyond it is the time of the call itself
+
+
+def _timed_ops(model: TimeModel, ops: Iterable[OpCall]) -> list[_Timed]:
+    """Return the distinct ``ops`` that the model's calibration has timed."""
+    distinct_ops = {o.signature: o for o in ops}.values()
+    timings = ((op, model.roofline_s(op), model.calibration.op_s.get(op.signature)) for op in distinct_ops)
+    return [(op, ideal_s, measured_s) for op, ideal_s, measured_s in timings if measured_s]
+
+
+def _calls_without_work(timed_ops: Iterable[_Timed]) -> dict[str, float]:
+    """Return seconds by operator: the median of what its calls with little work take beyond `roofline_s`.
+    The key "" has the median over operators. Empty if no call with little work was timed."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for op, ideal_s, measured_s in timed_ops:
+        if ideal_s < min(_LITTLE_WORK_S, measured_s):
+            seconds[op.op].append(measured_s - ideal_s)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {**medians, "": statistics.median(medians.values())} if medians else {}
+
+
+def _call_s(call_s: Mapping[str, float], op: OpCall) -> float:
+    return call_s.get(op.op, call_s.get("", 0.0))
+
+
+def _curves(
+    timed_ops: Iterable[_Timed], call_s: Mapping[str, float]
+) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Return the efficiency of each operator and dtype by work, from its calls with more than little work. It
+    is at most 1."""
     points: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
-    for op in {o.signature: o for o in ops}.values():
-        measured, ideal_s = model.calibration.op_s.get(op.signature), model.roofline_s(op)
-        if measured and ideal_s > 0:
-            points[op.op, op.dtype][math.log(ideal_s)] = ideal_s / measured
+    for op, ideal_s, measured_s in timed_ops:
+        if ideal_s >= _LITTLE_WORK_S:
+            working_s = max(measured_s - _call_s(call_s, op), ideal_s)
+            points[op.op, op.dtype][math.log(ideal_s)] = ideal_s / working_s
     return {key: sorted(curve.items()) for key, curve in points.items()}
 
 

@@ -57,6 +57,7 @@ from memfit.store import trace_columns
 from memfit.store.prediction_cache import digest_of
 from memfit.techniques.base import JobFacts, StepPart
 from memfit.techniques.rank_mesh import layout
+from memfit.techniques.recompute.checkpointing import kept_operators
 from memfit.techniques.registry import freezes_parameters, make_plain_plan, splits_batch, technique
 from memfit.trace.sample_dependence import remember_dependence, sample_dependence, trial_limit_bytes
 from memfit.trace.trace_extrapolation import deep_traces, find_repeated_blocks, traces_of
@@ -85,9 +86,12 @@ _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 _RESIDENT, _FORWARD, _BACKWARD, _OPTIMIZER, _SAVED = range(5)
 _FORWARD_AGAIN, _BACKWARD_AGAIN = 5, 6  # in a later micro-batch, when the gradients of earlier ones exist
 _STEPPED, _FLOPS, _TENSORS, _HOST = range(7, 11)  # _STEPPED: backward with the optimizer stepping inside it
-_MICRO_S, _STEP_S = 11, 12
-_ENTRIES = 13
+_FORWARD_OFFLOADED, _BACKWARD_OFFLOADED = 11, 12  # by how much offloading activations lowers a peak
+_MICRO_S, _STEP_S = 13, 14
+_ENTRIES = 15
 _OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
+# Ticks of the trace's clock for which an offloaded activation is in use in forward, and again in backward.
+_USED_TICKS = 16
 _LASTING = (Category.PARAMETER, Category.OPTIMIZER_STATE, Category.EMA, Category.INPUT)
 _SCALAR_BYTES = 4
 # Fields of an estimate that say nothing of memory.
@@ -756,7 +760,7 @@ class Predictor:
             large = self._longer(small, counts) if counts else small
             if large is not None:
                 digests = {
-                    PartKey(plan, n, 1): _digest(t)
+                    PartKey(plan, n, 1): _digest(t, plan)
                     for n, t in zip(counts or (0,), (small, large), strict=False)
                 }
         return CallOutcome((digests, b""), kept.may_be_kept and recomputed.may_be_kept)
@@ -842,7 +846,7 @@ class Predictor:
         if plan.get("optimizer-in-backward"):
             vector[[_BACKWARD, _OPTIMIZER]] = vector[[_STEPPED, _RESIDENT]]
         if (offload := plan.get("activation-offload")) is not None:
-            vector[[_FORWARD, _BACKWARD]] -= vector[_SAVED]
+            vector[[_FORWARD, _BACKWARD]] -= vector[[_FORWARD_OFFLOADED, _BACKWARD_OFFLOADED]]
             vector[_HOST] += vector[_SAVED] * (
                 offload.settings["to"] == "host" and not self.machine.device.is_host
             )
@@ -969,7 +973,9 @@ class Predictor:
             traces = [self._trace_part(with_blocks(self.job, counts[0]), plan, steps)]
             large = self._longer(traces[0], counts) if steps == 1 else None
             traces.append(large or self._trace_part(with_blocks(self.job, counts[1]), plan, steps))
-        digests = {PartKey(plan, n, steps): _digest(t) for n, t in zip(counts or (0,), traces, strict=True)}
+        digests = {
+            PartKey(plan, n, steps): _digest(t, plan) for n, t in zip(counts or (0,), traces, strict=True)
+        }
         return digests, trace_columns.to_bytes(traces[0]) if keeps_trace else b""
 
     def _longer(self, traced: Trace, counts: tuple[int, int]) -> Trace | None:
@@ -1029,16 +1035,17 @@ def _as_bytes(result: CallOutcome) -> CallOutcome:
     return dataclasses.replace(result, value=[trace_columns.to_bytes(t) for t in result.value])
 
 
-def _digest(traced: Trace) -> PartDigest:
-    """Return what was seen in the last traced step. Equal operators are stored once with their count, so that
-    many traces can be kept.
+def _digest(traced: Trace, plan: Plan) -> PartDigest:
+    """Return what was seen in the last step of the plan's trace. Equal operators are stored once with their
+    count, so that many traces can be kept.
 
     The entries, in the order of `_RESIDENT` to `_HOST`, are: live bytes at the end; highest live bytes of
     forward, of backward and of the optimizer; bytes of activations of at least 64 KiB, which would be
     offloaded; highest live bytes of forward and of backward in a later micro-batch; of backward with the
     optimizer stepping in it; FLOPs of one micro-step; number of activations of at least 64 KiB; bytes that
-    the step keeps in host memory. Those of forward and backward are above the live bytes at the start of the
-    last step, without its batch.
+    the step keeps in host memory; bytes by which offload lowers the highest live bytes of forward and of
+    backward. The live bytes of forward and backward are those above the start of the last step, without its
+    batch.
     """
     clock, live_bytes = levels(traced)
     last_spans = traced.last_step_spans
@@ -1057,19 +1064,24 @@ def _digest(traced: Trace) -> PartDigest:
     micro_ops = _count_equal(pass_ops + [(_accumulation_op(g), micros - 1) for g in gradients if micros > 1])
     optimizer_ops = _count_equal((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
     accumulation_peaks, stepping_peaks = _with_gradients_moved(traced, last_spans, gradients)
-    activation_sizes = [a.size_bytes for a in step_allocations if a.category is Category.ACTIVATION]
+    activations = [a for a in step_allocations if a.category is Category.ACTIVATION]
+    selective = plan.get("selective-checkpointing")
+    kept_ops = set(map(str, kept_operators(str(selective.settings["keep"])))) if selective else set()
+    offloaded = [a for a in activations if a.size_bytes >= _OFFLOADED_BYTES and a.op not in kept_ops]
+    offload_peaks = _with_activations_offloaded(traced, last_spans, offloaded)
     entries = [
         int(live_bytes[-1]),
         peaks[Phase.FORWARD] - base_bytes,
         peaks[Phase.BACKWARD] - base_bytes,
         peaks[Phase.OPTIMIZER],
-        sum(size for size in activation_sizes if size >= _OFFLOADED_BYTES),
+        sum(a.size_bytes for a in offloaded),
         accumulation_peaks[Phase.FORWARD] - base_bytes,
         accumulation_peaks[Phase.BACKWARD] - base_bytes,
         stepping_peaks[Phase.BACKWARD] - base_bytes,
         sum(o.flops * n for o, n in micro_ops) / micros,
-        sum(size >= _OFFLOADED_BYTES for size in activation_sizes),
+        len(offloaded),
         traced.host_step_bytes,
+        *(peaks[phase] - offload_peaks[phase] for phase in (Phase.FORWARD, Phase.BACKWARD)),
     ]
     return PartDigest(entries=entries, micro_ops=micro_ops, optimizer_ops=optimizer_ops, micro_batches=micros)
 
@@ -1123,6 +1135,25 @@ def _with_gradients_moved(
         for extra_allocations in (accumulated_gradients, [*releases, *temporaries])
     )
     return _phase_peaks(accumulation_trace, last_spans), _phase_peaks(stepping_trace, last_spans)
+
+
+def _with_activations_offloaded(
+    traced: Trace, last_spans: Sequence[PhaseSpan], offloaded: Sequence[Allocation]
+) -> dict[Phase, int]:
+    """Return the highest live bytes of each phase, as `_phase_peaks` does, if the activations ``offloaded``
+    are away except for a short time after they are made and before they are freed, in which the operators run
+    that use them."""
+    away = [
+        dataclasses.replace(
+            a,
+            start=a.start + _USED_TICKS,
+            end=None if a.end is None else a.end - _USED_TICKS,
+            size_bytes=-a.size_bytes,
+        )
+        for a in offloaded
+        if a.end is None or a.end - a.start > 2 * _USED_TICKS
+    ]
+    return _phase_peaks(dataclasses.replace(traced, allocations=(*traced.allocations, *away)), last_spans)
 
 
 def _count_equal(ops: Iterable[tuple[OpCall, int]]) -> Weighted:

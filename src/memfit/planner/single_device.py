@@ -48,7 +48,8 @@ _FEWER_FINALISTS = 8  # used if traces are long, as for models with thousands of
 _LONG_TRACE_CALLS = 10_000
 # Operators of plain training, over all plans that are traced after the finalists; fewest and most of these.
 _MORE_CALLS, _FEWEST_MORE, _MOST_MORE, _PASSES = 40_000, 4, 48, 3
-_ONLY_SAVING = (SLOW_TO_TRACE, "gradient-accumulation")
+_OFFLOAD = "activation-offload"
+_ONLY_SAVING = (SLOW_TO_TRACE, "gradient-accumulation", _OFFLOAD)
 _TRACING_SHARE = 0.4  # of the time limit, which is left for traces of whole plans
 _SAVING_MOST = ({"activation-checkpointing"}, {"activation-checkpointing", "chunking"})
 # Most rounds, and seconds of each, to measure the best plan and its rivals while the best plan still changes.
@@ -156,8 +157,8 @@ def estimate_plans(
     sketches: list[Estimate],
 ) -> EstimatedPlans:
     """Sketch every plan (estimate it from traces of parts), trace the best ones whole, and, if the request is
-    for this machine, time the operators that they need. If traces take long, plans with a technique that only
-    saves memory are left out if they fit without it (`_may_skip_saving`).
+    for this machine, time the operators that they need. For another machine, plans with a technique that
+    only saves memory are left out if they fit without it (`_may_skip_saving`).
 
     ``meets_limits`` tells whether a plan fits the memory and keeps to the request's other limits.
     ``negligible_state_bytes``: bytes of parameters, gradients and optimizer state if they are too small for
@@ -192,11 +193,12 @@ def estimate_plans(
         if any(map(meets_limits, predictor.whole_in_time(known_plans))):
             predictor.deadline.stop()
     kept_s = _TRACING_SHARE * (request.within_s or 0.0)
-    may_skip = _may_skip_saving(predictor, request)
+    may_skip = _may_skip_saving(request)
     saving_plans = [plan for plan in all_plans if may_skip and not plan.techniques.isdisjoint(_ONLY_SAVING)]
     with predictor.deadline.earlier_by(kept_s):
         _sketch([plan for plan in all_plans if plan not in saving_plans], predictor, sketches, progress)
-        fitting_plans = {e.plan for e in filter(meets_limits, sketches)}
+        # The sketch of a plan with offload may be far below its trace.
+        fitting_plans = {e.plan for e in filter(meets_limits, sketches) if _OFFLOAD not in e.plan}
         skipped_plans = {p for p in saving_plans if not fitting_plans.isdisjoint(_without_saving(p))}
         _sketch([plan for plan in saving_plans if plan not in skipped_plans], predictor, sketches, progress)
     all_plans = [plan for plan in all_plans if plan not in skipped_plans]
@@ -221,12 +223,12 @@ def estimate_plans(
     )
 
 
-def _may_skip_saving(predictor: Predictor, request: Request) -> bool:
+def _may_skip_saving(request: Request) -> bool:
     """Return whether plans with a technique of `_ONLY_SAVING` are left out if they fit without it. These save
-    memory and add time, so such a plan is never better unless the goal is memory. Only for models whose
-    traces take long (`is_long`). On this machine the measured time decides."""
+    memory and add time, so such a plan is never better unless the goal is memory. On this machine the
+    measured time decides."""
     saves_time = request.goal in (Objective.FASTEST, Objective.CHEAPEST, Objective.GREENEST)
-    return saves_time and not request.is_here and is_long(predictor)
+    return saves_time and not request.is_here
 
 
 def _without_saving(plan: Plan) -> list[Plan]:

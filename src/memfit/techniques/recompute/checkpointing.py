@@ -61,9 +61,9 @@ def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     turn_off_caches(bench)
     policy = str(settings["keep"])
-    kept_operators = frozenset(_kept_operators(policy))
+    operators = frozenset(kept_operators(policy))
     make_predicate = functools.partial(
-        _every_second if policy == "every-second-matmul" else _all_of, kept_operators
+        _every_second if policy == "every-second-matmul" else _all_of, operators
     )
     stacks = find_stacks(bench.model, bench.job.blocks, bench.job.more_blocks)
     for block in itertools.chain(*stacks.values()):
@@ -162,7 +162,7 @@ def _every_second(kept_operators: frozenset[Any]) -> Callable[[Any], bool]:
     return keeps
 
 
-def _kept_operators(policy: str) -> Iterable[Any]:
+def kept_operators(policy: str) -> Iterable[Any]:
     """Yield the operators whose outputs ``policy``, a value of the setting ``keep``, keeps. With "attention",
     these are the fused attention kernels, whose recomputation costs most per byte. With "matmul" and
     "every-second-matmul", matrix products and convolutions are added."""

@@ -95,14 +95,23 @@ def _sweep(
 ) -> None:
     """Draw all ``letters`` (n, rows) anew ``sweeps`` times, one group of columns after the other. Each of
     ``groups`` has its columns, the columns that these are coupled to, and the weights of the couplings."""
-    couplings, rows = potential[letters], letters.shape[1]  # (n, rows, 20)
+    couplings, (length, rows) = potential[letters], letters.shape  # couplings: (n, rows, 20)
+    # Arrays that are made anew in each pass would cost more time, in page faults, than the arithmetic.
+    gathered, energies = np.empty_like(couplings), np.empty_like(couplings)
+    numbers, smaller = np.empty((length, rows, 1), np.float32), np.empty(couplings.shape, bool)
     for _ in range(sweeps):
         for columns, neighbours, weights in groups:
-            energy = np.tensordot(weights, couplings[neighbours], 1) + fields[columns][:, None]
-            cumulative = np.exp(energy - energy.max(-1, keepdims=True)).cumsum(-1)
-            drawn = rng.random((len(columns), rows, 1), np.float32) * cumulative[..., -1:]
-            letters[columns] = (cumulative < drawn).sum(-1)
-            couplings[columns] = potential[letters[columns]]
+            count, others = len(columns), gathered[: len(neighbours)]
+            energy, below = energies[:count], smaller[:count]
+            np.take(couplings, neighbours, axis=0, out=others, mode="clip")
+            np.matmul(weights, others.reshape(len(others), -1), out=energy.reshape(count, -1))
+            energy += fields[columns][:, None]
+            energy -= energy.max(-1, keepdims=True)
+            cumulative = np.cumsum(np.exp(energy, out=energy), axis=-1, out=energy)
+            drawn = rng.random(dtype=np.float32, out=numbers[:count])
+            np.less(cumulative, drawn * cumulative[..., -1:], out=below)
+            letters[columns] = below.sum(-1)
+            couplings[columns] = np.take(potential, letters[columns], axis=0, out=energy, mode="clip")
 
 
 def _uncoupled_groups(coupled: Array) -> list[Array]:
