@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--page", action="store_true")
     options = parser.parse_args()
     failed: list[str] = []
+    if not options.page and shutil.which("uv") is None:
+        sys.exit("uv is not installed, which makes the environments; run `pip install uv`")
     if not options.page:
         for pair in options.pairs or PAIRS:
             folder = Path(tempfile.mkdtemp(prefix="memfit-matrix-"))
