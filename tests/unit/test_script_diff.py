@@ -362,6 +362,20 @@ def test_the_edit_of_a_plain_loop_trains_the_same(tool: str, tmp_path: Path) -> 
     assert output(text, tmp_path) == output(PLAIN, tmp_path)  # both techniques are bitwise equal
 
 
+def test_the_norm_that_a_loop_logs_is_returned_by_the_step(tmp_path: Path) -> None:
+    logs = (
+        "total = 0.0\n"
+        + PLAIN.replace("        torch.nn.utils.clip", "        norm = torch.nn.utils.clip").replace(
+            "scheduler.step()\n", "scheduler.step()\n        total += float(norm)\n"
+        )
+        + "print(total)\n"
+    )
+    edit = diff(logs, {"activation-checkpointing": {}}, batch=16)
+    text = patched(logs, edit, tmp_path)
+    assert "norm = fit.step()" in text
+    assert output(text, tmp_path) == output(logs, tmp_path) > 0
+
+
 @pytest.mark.long
 def test_the_edit_with_micro_batches_trains_nearly_the_same_and_warns_of_what_is_logged(
     tmp_path: Path,
@@ -628,6 +642,12 @@ REFUSED = {
             "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)", "model[0].weight.grad.zero_()"
         ),
         "changes gradients",
+    ),
+    "a norm that is read before the step": (
+        PLAIN.replace("        torch.nn.utils.clip", "        norm = torch.nn.utils.clip").replace(
+            "        optimizer.step()\n", "        print(norm)\n        optimizer.step()\n"
+        ),
+        "line 25 reads norm, the norm of the gradients, before the optimizer's step",
     ),
     "a part of the model that is clipped": (
         PLAIN.replace("(model.parameters(), 1.0)", "(model[0].parameters(), 1.0)"),
@@ -1419,4 +1439,21 @@ def test_lines_to_insert_by_hand_have_the_names_of_the_script() -> None:
     block = "\n".join(edit.lines)
     assert 'memfit.apply({"activation-checkpointing": {"every": 1}}, net, opt, scaler=scaler)' in block
     assert "net, opt = fit.model, fit.optimizer" in block
+    assert "in place of opt.step()" in block
+
+
+def test_lines_to_insert_by_hand_take_no_norm_for_an_optimizer() -> None:
+    groups = PLAIN.replace(
+        "optimizer = torch.optim.AdamW(model.parameters(),", "opt = torch.optim.AdamW(groups,"
+    )
+    text = groups.replace("optimizer.", "opt.").replace(
+        "        torch.nn.utils.clip", "        n = torch.nn.utils.clip"
+    )
+    edit = diff(
+        text.replace("        opt.step()", "        print(n)\n        opt.step()"),
+        {"activation-checkpointing": {}},
+    )
+    assert "reads n, the norm of the gradients" in edit.reason
+    block = "\n".join(edit.lines)
+    assert 'every": 1}}, model, opt, clip=1.0)' in block
     assert "in place of opt.step()" in block

@@ -208,7 +208,8 @@ def _loop_edits(source: Source, loop: Loop) -> Edits:
     for statement in after:
         block += source.lines[statement.lineno - 1 : end(statement)]
     edits: Edits = {}
-    step = [f"{source.indent(update.step.lineno)}{fit}.step()\n"]
+    norm = f"{update.norm} = " if update.norm else ""
+    step = [f"{source.indent(update.step.lineno)}{norm}{fit}.step()\n"]
     if update.step is update.backward:
         block += step
     else:

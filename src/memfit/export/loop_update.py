@@ -22,7 +22,7 @@ class Update:
     variables. ``backward``, ``step``: the statements that run them; both are the same ``if`` if its branches
     do. ``step_body``: the statement list that contains ``step``. ``clip``: the norm to which gradients are
     clipped, None if they are not; ``condition``: the condition under which they are, None: always.
-    ``removed``: further statements that the plan's own step replaces. ``scaler``: the variable of the
+    ``norm``: the variable to which the loop assigns what clip_grad_norm_ returns, "" without. ``removed``: further statements that the plan's own step replaces. ``scaler``: the variable of the
     GradScaler, "" without."""
 
     loss: str
@@ -32,6 +32,7 @@ class Update:
     step_body: Statements
     clip: ast.expr | None
     condition: ast.expr | None
+    norm: str
     removed: tuple[ast.stmt, ...]
     scaler: str
 
@@ -117,7 +118,7 @@ def find_update(source: Source, place: LoopPlace) -> Update:
         raise UserError("the script passes a closure to the optimizer's step, which memfit.apply cannot call")
     if (branches := _branches(statement)) is not None:
         first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
-        keys = [(u.loss, u.optimizer, *map(_text, (u.clip, u.condition))) for u in (first, last)]
+        keys = [(u.loss, u.optimizer, u.norm, *map(_text, (u.clip, u.condition))) for u in (first, last)]
         if keys[0] != keys[1]:
             raise UserError("the two branches of an if that run backward differ in more than a GradScaler")
         zeroed = [s for s in place.body if _method(s, "zero_grad") is not None]
@@ -175,7 +176,7 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
         rest = step_body[position + 1 :]
     if (step := _step_index(place, rest, scaler)) is None:
         raise UserError(_NO_STEP)
-    clip, condition, removed = _gradient_changes(rest[:step], scaler)
+    clip, condition, norm, removed = _gradient_changes(rest[:step], scaler)
     removed += [s for s in rest[step + 1 :] if scaler and _method(s, "update") == scaler]
     if is_whole and len(removed) + 2 != len(statements):
         raise UserError(
@@ -194,6 +195,7 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
         step_body=step_body,
         clip=clip,
         condition=condition,
+        norm=norm,
         removed=tuple(removed),
         scaler=scaler,
     )
@@ -282,18 +284,27 @@ def _is_optimizer(place: LoopPlace, name: str) -> bool:
 
 def _gradient_changes(
     statements: Statements, scaler: str
-) -> tuple[ast.expr | None, ast.expr | None, list[ast.stmt]]:
+) -> tuple[ast.expr | None, ast.expr | None, str, list[ast.stmt]]:
     """Return (the norm to which the ``statements`` between backward and step clip, the condition under which
-    they do, the statements that the plan's step replaces); the first two are None if there is no clipping or
-    no condition. Raises UserError for a second clipping and for other changes of gradients."""
+    they do, the variable that gets what the clipping returns, the statements that the plan's step replaces);
+    the first two are None if there is no clipping or no condition, the variable is then "". Raises UserError
+    for a second clipping, for other changes of gradients, and if the variable is read before the step, which
+    returns it."""
     clip = condition = None
+    norm = ""
     removed: list[ast.stmt] = []
     for statement in statements:
         if (clipping := _clipping(statement, scaler)) is not None:
             if clip is not None:
                 raise UserError("between backward and step, the script clips gradients twice")
-            clip, condition = clipping
+            clip, condition, norm = clipping
             removed.append(statement)
+        elif norm and norm in loaded_names(statement):
+            raise UserError(
+                f"line {statement.lineno} reads {norm}, the norm of the gradients, before the optimizer's "
+                "step, but fit.step() clips, updates and then returns that norm: move what reads it behind "
+                "the step, or take it out"
+            )
         elif scaler and _method(statement, "unscale_", arguments=1) == scaler:
             removed.append(statement)
         elif _changes_gradients(statement):
@@ -302,7 +313,7 @@ def _gradient_changes(
                 "between backward and step, the script changes gradients other than by "
                 f"clip_grad_norm_(MODEL.parameters(), NORM): {text[:60]}"
             )
-    return clip, condition, removed
+    return clip, condition, norm, removed
 
 
 def _must_be_only(optimizer: str, bodies: list[Statements], scaler: str) -> None:
@@ -316,22 +327,25 @@ def _must_be_only(optimizer: str, bodies: list[Statements], scaler: str) -> None
         )
 
 
-def _clipping(statement: ast.stmt, scaler: str) -> tuple[ast.expr, ast.expr | None] | None:
-    """Return (the norm; the condition, None without) if the statement is
-    ``clip_grad_norm_(model.parameters(), NORM)``, or an ``if`` without else around it. Return None for any
-    other statement."""
+def _clipping(statement: ast.stmt, scaler: str) -> tuple[ast.expr, ast.expr | None, str] | None:
+    """Return (the norm; the condition, None without; the variable X, "" without) if the statement is
+    ``clip_grad_norm_(model.parameters(), NORM)``, an ``if`` without else around it, or an assignment of it to
+    X. Return None for any other statement."""
     if isinstance(statement, ast.If) and not statement.orelse:
         inner = [s for s in statement.body if not (scaler and _method(s, "unscale_", arguments=1) == scaler)]
-        norm = _norm(inner[0]) if len(inner) == 1 else None
-        return None if norm is None else (norm, statement.test)
+        norm = _norm(inner[0]) if len(inner) == 1 and isinstance(inner[0], ast.Expr) else None
+        return None if norm is None else (norm, statement.test, "")
     norm = _norm(statement)
-    return None if norm is None else (norm, None)
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    variable = targets[0].id if targets and isinstance(targets[0], ast.Name) else ""
+    return None if norm is None or len(targets) > bool(variable) else (norm, None, variable)
 
 
 def _norm(statement: ast.stmt) -> ast.expr | None:
     """Return NORM, a constant, variable or attribute, if the statement is
-    ``clip_grad_norm_(model.parameters(), NORM)`` without further arguments; else None."""
-    call = statement.value if isinstance(statement, ast.Expr) else None
+    ``clip_grad_norm_(model.parameters(), NORM)`` without further arguments, or an assignment of it; else
+    None."""
+    call = statement.value if isinstance(statement, ast.Expr | ast.Assign) else None
     if not isinstance(call, ast.Call) or name_of(call.func) != "clip_grad_norm_":
         return None
     norms = [*call.args[1:2], *(k.value for k in call.keywords if k.arg == "max_norm")]

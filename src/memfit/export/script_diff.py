@@ -216,14 +216,29 @@ def _own_arguments(source: Source, plan: Plan) -> dict[str, str]:
 
 def _model_and_optimizer(source: Source) -> tuple[str, str]:
     """Return the variables (MODEL, OPTIMIZER) of the script's only assignment of the form ``OPTIMIZER =
-    NAME(MODEL.parameters(), ...)``; ("model", "optimizer") if there is none or more than one."""
+    NAME(MODEL.parameters(), ...)`` whose variable the script steps. If there is none or more than one, MODEL
+    is the only one whose parameters() the script calls, and OPTIMIZER the only one that it steps and whose
+    gradients it sets to zero; "model" and "optimizer" without."""
+    calls = [
+        n for n in ast.walk(source.tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    ]
+    of = {name: [c for c in calls if name_of(c.func) == name] for name in ("step", "zero_grad", "parameters")}
+    owners = {name: {source.of(c.func.value) for c in found} for name, found in of.items()}  # type: ignore[attr-defined]
+    stepped = owners["step"] | {source.of(a) for c in of["step"] for a in c.args}
     pairs = set[tuple[str, str]]()
     for name, value in _assignments(source):
         argument = value.args[0] if isinstance(value, ast.Call) and value.args else None
         parameters = argument.func if isinstance(argument, ast.Call) else None
-        if isinstance(parameters, ast.Attribute) and parameters.attr == "parameters":
-            pairs.add((source.of(parameters.value), name))
-    return pairs.pop() if len(pairs) == 1 else ("model", "optimizer")
+        is_model = isinstance(parameters, ast.Attribute) and parameters.attr == "parameters"
+        if is_model and name in stepped:
+            pairs.add((source.of(parameters.value), name))  # type: ignore[union-attr]
+    if len(pairs) == 1:
+        return pairs.pop()
+    models, optimizers = owners["parameters"], stepped & owners["zero_grad"]
+    return (
+        models.pop() if len(models) == 1 else "model",
+        optimizers.pop() if len(optimizers) == 1 else "optimizer",
+    )
 
 
 def _assignments(source: Source) -> Iterator[tuple[str, ast.expr]]:
