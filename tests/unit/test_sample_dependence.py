@@ -344,6 +344,26 @@ def test_a_large_model_is_tried_with_as_few_blocks_as_have_all_kinds_of_modules(
     assert trials._try_job(deep).kind is DependenceKind.INDEPENDENT
 
 
+def test_a_large_model_that_takes_its_blocks_by_number_is_not_tried_with_fewer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Numbered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(10, 10) for _ in range(24)])
+            self.head = nn.Linear(10, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for i in reversed(range(24)):
+                x = self.blocks[i](x)
+            return self.head(x)
+
+    numbered = dataclasses.replace(JOBS["linear"], build_model=Numbered, blocks="blocks")
+    monkeypatch.setattr(trials, "_MOST_BYTES", 50_000)
+    # The IndexError of the shortened model says nothing about parts of the batch.
+    assert trials._try_job(numbered).kind is DependenceKind.NOT_TESTED
+
+
 # -- effect classes and searches -----------------------------------------------------------------------------
 
 

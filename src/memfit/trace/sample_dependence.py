@@ -263,9 +263,22 @@ def _smaller_jobs(job: Job) -> Iterator[Job]:
         with contextlib.suppress(UserError, AssertionError):  # the model has no blocks that can be left out
             short_model = fake_model(short_job)
             if {type(m) for m in short_model.modules()} == kinds:
-                if _parameter_bytes(short_model) <= limit_bytes:
+                if _parameter_bytes(short_model) <= limit_bytes and _is_traceable(short_job):
                     yield short_job
                 return
+
+
+def _is_traceable(job: Job) -> bool:
+    """Return whether the step of the job can be traced with its whole batch. It cannot if the model lacks
+    blocks that its forward pass takes by number, as a U-Net's does. Raises only autograd's refusal to run in
+    a forked process."""
+    try:
+        _trace_without_terms(job)
+    except Exception as error:
+        if is_fork_refused(error):
+            raise
+        return False
+    return True
 
 
 def _parameter_bytes(model: nn.Module) -> int:
