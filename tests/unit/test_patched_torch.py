@@ -153,8 +153,9 @@ PATCHED: dict[str, dict[str, str | None]] = {
         ),
         "torch.distributed._functional_collectives._are_we_tracing": "",
         "torch.distributed.fsdp._fully_shard._fsdp_param._chunk_with_empty": "tensor num_chunks dim",
+        "torch.nn.parallel.distributed.DistributedDataParallel._passing_sync_batchnorm_handle": "self module",
+        "torch.nn.SyncBatchNorm.forward": "self input",
     },
-    "trace/sample_dependence.py": {"torch.nn.SyncBatchNorm.forward": "self input"},
     "trace/stream_patches.py": {
         "torch.cpu.Stream": "priority",
         "torch.cpu.Event": "",

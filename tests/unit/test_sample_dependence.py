@@ -356,7 +356,8 @@ def test_a_large_model_that_takes_its_blocks_by_number_is_not_tried_with_fewer(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for i in reversed(range(24)):
                 x = self.blocks[i](x)
-            return self.head(x)
+            out: torch.Tensor = self.head(x)
+            return out
 
     numbered = dataclasses.replace(JOBS["linear"], build_model=Numbered, blocks="blocks")
     monkeypatch.setattr(trials, "_MOST_BYTES", 50_000)

@@ -15,7 +15,7 @@ from child_ranks import run_script
 from memfit.capture.result import ScriptAnswer
 from memfit.cli.estimate_script import _edit
 from memfit.cli.plan_diff import edit_of, excluded_from
-from memfit.export.script_diff import ScriptDiff, inexpressible, read_script, script_diff
+from memfit.export.script_diff import ScriptDiff, inexpressible, read_script, script_diff, trains_plainly
 from memfit.export.source_edits import Replacement, Source, source_of
 from memfit.jobs.registry import load
 from memfit.techniques.plan_file import parse_plan
@@ -846,6 +846,19 @@ def test_a_plan_of_several_ranks_needs_a_script_of_several_ranks_and_all_reasons
     assert "lacks init_process_group and DistributedSampler" in reason
     assert "LOSS.backward()" in reason
     assert reason.count("DistributedDataParallel") == 1
+
+
+def test_a_script_without_what_averages_gradients_trains_plainly_on_one_rank_only() -> None:
+    wrapped = PLAIN.replace("optimizer = torch", "model = DDP(model)\noptimizer = torch", 1)
+    for text, is_plain in (
+        (PLAIN, False),
+        (SEVERAL_RANKS + PLAIN, False),
+        (SEVERAL_RANKS + wrapped, True),
+        (ACCELERATE, True),
+        (TRAINER, True),
+    ):
+        source = Source("train.py", text)
+        assert (trains_plainly(source, 1), trains_plainly(source, 2)) == (True, is_plain)
 
 
 def test_an_import_that_nothing_uses_is_in_no_plans_way() -> None:

@@ -31,11 +31,11 @@ from memfit.export.script_diff import read_script, script_diff
 from memfit.inputs import machine_of
 from memfit.planner.request import Request
 from memfit.runtime.counting_allocator import available
-from memfit.techniques.registry import TECHNIQUES
+from memfit.techniques.registry import TECHNIQUES, make_plain_plan
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import UserError
 from memfit.types.job import Job
-from memfit.types.plan import Accuracy
+from memfit.types.plan import Accuracy, EffectClass
 from memfit.types.result import Interval, ReasonKind
 from memfit.types.trace import Category
 
@@ -1820,6 +1820,34 @@ def test_plans_are_searched_for_the_ranks_of_a_script(tmp_path: Path) -> None:
     assert any("fsdp2" in plan for plan in plans)
     plain_bytes = answer.plans.baseline.estimate.allocated_bytes.value
     assert plain_bytes == pytest.approx(answer.estimate.allocated_bytes.value, rel=0.25)  # other buckets
+
+
+_NORM = "model.append(nn.BatchNorm1d(256)); "
+_SYNC = _NORM + "model = nn.SyncBatchNorm.convert_sync_batchnorm(model); "
+
+
+def test_sync_batch_norm_under_ddp_is_predicted_as_batch_norm(tmp_path: Path) -> None:
+    path, peaks = tmp_path / "ranks.py", []
+    for norm in (_NORM, _SYNC):
+        path.write_text(_RANKS.format(imports=_WRAPS["ddp"][0], wrap=norm + _WRAPS["ddp"][1], place="cpu"))
+        answer = estimate_script(["torchrun", "--nproc-per-node", "2", str(path)], machine="2xRTX-4090")
+        assert answer.estimate is not None, answer.problem
+        peaks.append(answer.estimate.allocated_bytes.value)
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("norm", [_NORM, _SYNC])
+def test_ranks_of_a_script_with_batch_norm_change_nothing_but_micro_batches_do(
+    norm: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ranks.py"
+    path.write_text(_RANKS.format(imports=_WRAPS["ddp"][0], wrap=norm + _WRAPS["ddp"][1], place="cpu"))
+    search = PlanSearch(without=_all_but("ddp", "gradient-accumulation"), within_s=20)
+    command = ["torchrun", "--nproc-per-node", "2", str(path)]
+    answer = estimate_script(command, machine="2xRTX-4090", search=search)
+    assert answer.plans is not None, answer.no_plans
+    plans = [(choice.estimate.plan, choice.effect) for choice in answer.plans.frontier]
+    assert plans == [(make_plain_plan(2), EffectClass.E1)]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from memfit.jobs.optimizer_groups import PlanOptimizer
 from memfit.jobs.registry import add_job
 from memfit.model.tensors import tensor_leaves
 from memfit.planner.evaluate import Predictor
+from memfit.planner.parallelism_grid import DIVIDING_TECHNIQUES
 from memfit.planner.request import Request
 from memfit.planner.search import search
 from memfit.planner.workspace_probes import probe_workspaces
@@ -47,7 +48,9 @@ from memfit.techniques.optimizers import innermost
 from memfit.techniques.registry import make_use
 from memfit.trace.assumed_values import AssumedCase, assume_case
 from memfit.trace.fake_process_group import own_groups_set_aside
+from memfit.trace.sample_dependence import remember_dependence, sample_dependence
 from memfit.trace.tracer import fake_patches, recording_patches
+from memfit.types.dependence import DependenceCause, DependenceKind
 from memfit.types.errors import MemfitError, UserError, first_line
 from memfit.types.gc_pause import collect_as_usual
 from memfit.types.job import Job, JobRef
@@ -63,6 +66,7 @@ _ONE_THREAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 _THREAD_LIMIT_S = 10.0
 # Its plan names operators by their order in the script's step, which an edit of the script changes.
 _NOT_FOR_SCRIPTS = ("optimal-checkpointing",)
+_IMPOSSIBLE = (DependenceCause.WEIGHTS, DependenceCause.SIZE)  # to divide such a batch is wrong or fails
 _SPARSE_ERROR = 0.15  # of the peak of steps with sparse gradients: the largest of three scripts was 0.11
 _ADAM_RATIO = 2.0  # bytes of optimizer state by those of parameters
 _LINE_SEARCH_GRADIENTS = 3  # those of both ends of its bracket, and the last one while the next is made
@@ -228,6 +232,7 @@ class _Session:
                 answer = dataclasses.replace(answer, notes=(*answer.notes, note))
             job = dataclasses.replace(job, largest_batch_ratio=self.largest_batch_ratio)
             add_job(name, job)
+            without = (*_NOT_FOR_SCRIPTS, *plan_search.without)
             own = Plan()
             if trace.accumulated > 1:
                 own = own.with_use(make_use("gradient-accumulation", {"micro_batches": trace.accumulated}))
@@ -235,7 +240,7 @@ class _Session:
                 job_ref=JobRef(spec=name),
                 machine=self.machine,
                 threads=torch.get_num_threads(),  # as in the estimate, since workspaces depend on them
-                bounds=Bounds(without=(*_NOT_FOR_SCRIPTS, *plan_search.without)),
+                bounds=Bounds(without=without),
                 within_s=plan_search.within_s,
                 cap_bytes=cap_bytes if answer.shared_bytes else plan_search.cap_bytes,
                 own=dataclasses.replace(answer.estimate, plan=own)
@@ -245,6 +250,9 @@ class _Session:
                 accuracy=plan_search.accuracy,
             )
             with own_groups_set_aside():
+                if answer.ranks > 1 and _divides_dependent_samples(job):
+                    bounds = Bounds(without=(*without, *DIVIDING_TECHNIQUES))
+                    request = dataclasses.replace(request, bounds=bounds)
                 planning = search(request, lambda *progress: None)
         except MemfitError as error:
             _print_traceback(error)
@@ -555,6 +563,17 @@ def _check_ranks(name: str, ranks: int, trace: ScriptTrace, machine: Machine) ->
             f"device{'s' * (devices != 1)}",
             hint=f"name a machine with {ranks}, as in --on {ranks}x{machine.device.name}",
         )
+
+
+def _divides_dependent_samples(job: Job) -> bool:
+    """Return whether the samples of the batch of ``job``, the step of a script on several ranks, depend on
+    each other, as those of BatchNorm's statistics do. Then data-parallel ranks count as no change, because
+    the script divides its batch over its ranks itself. Ranks that share samples would be one."""
+    dependence = sample_dependence(job)
+    if dependence.kind is not DependenceKind.DEPENDENT or dependence.cause in _IMPOSSIBLE:
+        return False
+    remember_dependence(job, dataclasses.replace(dependence, across_ranks=False))
+    return True
 
 
 def _names(optimizers: Iterable[Any]) -> tuple[str, ...]:

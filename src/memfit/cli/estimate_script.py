@@ -227,7 +227,7 @@ def _show(
     elif options.plans:
         console().print(Text(answer.no_plans, style="yellow"))
     if source is not None and answer.plans is not None and recommended is not None:
-        if recommended.estimate.plan != answer.plans.baseline.estimate.plan:
+        if not _is_as_it_is(source, answer):
             print_edit(
                 source,
                 *_edit_of(source, answer, on_host=on_host),
@@ -283,6 +283,15 @@ def _edit_of(source: Source, answer: ScriptAnswer, *, on_host: bool) -> tuple[Pl
     )
 
 
+def _is_as_it_is(source: Source, answer: ScriptAnswer) -> bool:
+    """Return whether plain training is recommended and the script makes that already."""
+    from memfit.export.script_diff import trains_plainly
+
+    assert answer.plans is not None and answer.plans.recommended is not None
+    is_plain = answer.plans.recommended.estimate.plan == answer.plans.baseline.estimate.plan
+    return is_plain and trains_plainly(source, answer.ranks)
+
+
 def _edit(source: Source, answer: ScriptAnswer, *, on_host: bool) -> ScriptDiff:
     """Return the edit of the script for the recommended plan or, if the script cannot express that, the
     fastest other that fits. It is empty if plain training is recommended, which is the script as it is. If no
@@ -290,7 +299,7 @@ def _edit(source: Source, answer: ScriptAnswer, *, on_host: bool) -> ScriptDiff:
     from memfit.export.script_diff import ScriptDiff
 
     assert answer.plans is not None and answer.plans.recommended is not None
-    if answer.plans.recommended.estimate.plan == answer.plans.baseline.estimate.plan:
+    if _is_as_it_is(source, answer):
         return ScriptDiff(diff="")
     try:
         return _edit_of(source, answer, on_host=on_host)[1]

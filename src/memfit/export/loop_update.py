@@ -22,8 +22,9 @@ class Update:
     variables. ``backward``, ``step``: the statements that run them; both are the same ``if`` if its branches
     do. ``step_body``: the statement list that contains ``step``. ``clip``: the norm to which gradients are
     clipped, None if they are not; ``condition``: the condition under which they are, None: always.
-    ``norm``: the variable to which the loop assigns what clip_grad_norm_ returns, "" without. ``removed``: further statements that the plan's own step replaces. ``scaler``: the variable of the
-    GradScaler, "" without."""
+    ``norm``: the variable to which the loop assigns what clip_grad_norm_ returns, "" without. ``removed``:
+    further statements that the plan's own step replaces. ``scaler``: the variable of the GradScaler, ""
+    without."""
 
     loss: str
     optimizer: str

@@ -17,7 +17,7 @@ from memfit.export.batch_counts import BatchCounts
 from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
 from memfit.export.script_steps import loss_terms_step, step_text
 from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
-from memfit.export.training_loop import sets_precision, with_conditions
+from memfit.export.training_loop import sets_precision, with_conditions, wrappers
 from memfit.files.read import MOST_SOURCE_BYTES, read_text
 from memfit.techniques.base import JobFacts
 from memfit.techniques.precision import WITHOUT_LOSS_SCALE, clash_with_loss_scale
@@ -152,6 +152,18 @@ def script_diff(
         )
         return ScriptDiff(diff="", reason=error.given, lines=lines, remarks=define if terms else ())
     return ScriptDiff(diff=_diff_to(source, text), remarks=(*(define if terms else ()), *remarks))
+
+
+def trains_plainly(source: Source, ranks: int) -> bool:
+    """Return whether the script as it is makes plain training of ``ranks`` ranks: on one, if it uses
+    DistributedDataParallel, or if its library does that. Others do not average gradients over the ranks."""
+    libraries = frozenset({_ACCELERATE.call} | ({_LIGHTNING.call} if _imports_lightning(source) else set()))
+    return (
+        ranks == 1
+        or _uses_trainer(source)
+        or bool(source.calls(libraries))
+        or any(name == "DistributedDataParallel" for name, _, _ in wrappers(source))
+    )
 
 
 def why_no_edit(source: Source, ranks: int) -> str:

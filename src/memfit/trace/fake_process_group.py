@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from torch.utils import _pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -140,6 +141,7 @@ def rank_patches() -> Iterator[None]:
       for at once.
     - FSDP2 makes only the part of a parameter that its rank takes, not the parts of all ranks. With thousands
       of ranks these are most of the work.
+    - SyncBatchNorm, which requires an accelerator, runs as BatchNorm (`batch_norm_anywhere`), also in DDP.
     """
     from torch.distributed import _functional_collectives as functional
     from torch.distributed.device_mesh import DeviceMesh
@@ -157,7 +159,24 @@ def rank_patches() -> Iterator[None]:
         mock.patch.object(DeviceMesh, "__init__", init),
         mock.patch.object(functional, "_are_we_tracing", lambda: False),
         mock.patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
+        mock.patch.object(
+            distributed.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda self, module: None
+        ),
+        batch_norm_anywhere(),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def batch_norm_anywhere() -> Iterator[None]:
+    """Inside this context, run SyncBatchNorm, which requires an accelerator, as BatchNorm. In one process
+    they compute the same. On several ranks SyncBatchNorm keeps the same tensors but for a few of one number
+    for each channel, and also exchanges its statistics."""
+
+    def forward(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
+        return nn.BatchNorm1d.forward(self, x)
+
+    with mock.patch.object(nn.SyncBatchNorm, "forward", forward):
         yield
 
 

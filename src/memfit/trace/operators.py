@@ -247,7 +247,7 @@ class Results:
             if only_writes_list(func):
                 if not _has_constant(args[0] if func.namespace == "aten" else args):
                     return None
-            elif args[0].constant is None:
+            elif type(args[0]) is FakeTensor and args[0].constant is None:  # a real one is written to
                 return args[0]
         elif entry and self._mode is not None and not self._guesses.decides(func) and not _has_constant(args):
             return entry.make(self._mode)

@@ -15,7 +15,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import numpy
 import torch
@@ -28,6 +27,7 @@ from memfit.model.batch_objects import batch_length, batch_tensors, select, spli
 from memfit.model.chunking_probe import one_thread
 from memfit.runtime import local_machine
 from memfit.trace.batch_scaling import size_dependent_operator
+from memfit.trace.fake_process_group import batch_norm_anywhere
 from memfit.trace.fixed_random import FixedRandom, TimeLimitExceeded
 from memfit.trace.mean_functions import function_of_a_mean
 from memfit.trace.trace_pool import is_fork_refused
@@ -420,7 +420,7 @@ class _Trial:
     def run(self) -> SampleDependence:
         if self.length < 2:
             return _not_tested(_ONE_SAMPLE)
-        with _on_its_own(), self.mode, _batch_norm_anywhere():
+        with _on_its_own(), self.mode, batch_norm_anywhere():
             self.model = _model_in_float64(self.job)
             self.state = _state_of(self.model)
             batch = _in_float64(self.batch)
@@ -771,18 +771,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)  # noqa: NPY002
-
-
-@contextlib.contextmanager
-def _batch_norm_anywhere() -> Iterator[None]:
-    """Inside this context, run SyncBatchNorm, which requires an accelerator, as BatchNorm. In one process
-    they compute the same."""
-
-    def forward(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
-        return nn.BatchNorm1d.forward(self, x)
-
-    with mock.patch.object(nn.SyncBatchNorm, "forward", forward):
-        yield
 
 
 @contextlib.contextmanager
