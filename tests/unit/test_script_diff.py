@@ -957,6 +957,15 @@ def test_accelerator_gets_its_arguments_and_a_smaller_batch() -> None:
     assert edit.remarks[0].startswith("Accelerate does not apply adafactor")
 
 
+def test_the_loader_of_several_that_the_training_loop_runs_over_gets_the_smaller_batch() -> None:
+    text = ACCELERATE.replace("shuffle=True, ", "").replace(
+        "for batch", "valid = DataLoader(rest, batch_size=8)\nfor batch"
+    )
+    edit = diff(text, {"gradient-accumulation": {"micro_batches": 2}})
+    assert "+loader = DataLoader(data, batch_size=4)" in edit.diff
+    assert "+valid" not in edit.diff
+
+
 @pytest.mark.parametrize(("old_steps", "batch"), [("4", "16"), ("steps", "8 * steps // 2")])
 def test_the_batch_of_accelerate_stays_if_the_script_accumulates_already(old_steps: str, batch: str) -> None:
     text = ACCELERATE.replace("cpu=True", f"cpu=True, gradient_accumulation_steps={old_steps}")

@@ -15,6 +15,7 @@ from typing import Any
 from memfit.export import trainer
 from memfit.export.batch_counts import BatchCounts
 from memfit.export.loop_edit import apply_lines, edit_loop, loop_lines
+from memfit.export.loop_update import loaded_names
 from memfit.export.script_steps import loss_terms_step, step_text
 from memfit.export.source_edits import Replacement, Source, literal, name_of, source_of
 from memfit.export.training_loop import sets_precision, with_conditions, wrappers
@@ -507,8 +508,7 @@ def _smaller_batches(
         return [], [], reason
     if library is _LIGHTNING and _is_manual(source):
         return [], [], "the module optimizes manually, for which Lightning accumulates no gradients"
-    every = source.calls(frozenset({"DataLoader"}))
-    loaders = [call for call in every if literal(_loader_argument(call, "shuffle")) is True] or every
+    loaders = _training_loaders(source)
     size = _loader_argument(loaders[0], "batch_size") if len(loaders) == 1 else None
     if size is None:
         return [], [], "the script does not show the batch size of its training DataLoader"
@@ -519,6 +519,26 @@ def _smaller_batches(
     counts = BatchCounts(source, loaders[0], steps, stated[0])
     edit = Replacement(start=source.start(size), end=source.end(size), text=text)
     return [edit, *counts.changes], counts.remarks, ""
+
+
+def _training_loaders(source: Source) -> list[ast.Call]:
+    """Return the calls of DataLoader that may make the one for training: of several, those that shuffle if
+    any do; if these are several or none, the only one assigned to a variable that the loop with backward
+    runs over."""
+    every = source.calls(frozenset({"DataLoader"}))
+    loaders = [call for call in every if literal(_loader_argument(call, "shuffle")) is True] or every
+    if len(loaders) == 1:
+        return loaders
+    runs_over = {
+        name
+        for loop in ast.walk(source.tree)
+        if isinstance(loop, ast.For)
+        and any(isinstance(n, ast.Call) and name_of(n.func) == "backward" for n in ast.walk(loop))
+        for name in loaded_names(loop.iter)
+    }
+    variables = dict(_assignments(source))
+    assigned = [call for call in loaders if any(variables.get(name) is call for name in runs_over)]
+    return assigned if len(assigned) == 1 else loaders
 
 
 def _loader_argument(call: ast.Call, name: str) -> ast.expr | None:
