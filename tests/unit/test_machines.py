@@ -212,7 +212,14 @@ def test_all_problems_of_a_machine_file_are_listed_in_one_line(tmp_path: Path) -
         ('"sweden"', '"swedn"', "did you mean sweden"),
         ("5e10", "nan", "device.memory_bytes: nan"),
         ("5e10", '"lots"', "device.memory_bytes.value"),
-        ('name = "lab box"', "name = lab box", "is not valid TOML"),
+        (
+            'name = "lab box"',
+            "name = lab box",
+            "in name = lab box; allowed: text in straight quotation",
+        ),
+        ('name = "lab box"', "name = “lab box”", "in name = “lab box”; allowed: text in straight"),
+        ("5e10", "50,000,000,000", "numbers without commas"),
+        ('name = "lab box"', "[[device", "is not valid TOML"),
     ],
 )
 def test_impossible_values_in_a_machine_file_are_refused(

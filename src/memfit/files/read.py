@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import re
 import stat
 import tomllib
 import zlib
@@ -157,7 +158,14 @@ def parse_toml(text: str, *, what: str) -> dict[str, Any]:
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _unreadable(what, "TOML", error) from error
+        unreadable = _unreadable(what, "TOML", error)
+        if (line := _toml_line(text, str(error))) is None:
+            raise unreadable from error
+        raise UserError(
+            f"{unreadable.given}, in {_short(line)}",
+            allowed='text in straight quotation marks, as in name = "RTX-4090", and numbers without commas '
+            "and units, as in price = 4500000",
+        ) from error
     bounded(data, what=what)
     return data
 
@@ -221,12 +229,21 @@ def _inner_values(value: Any) -> Any:
     return value if isinstance(value, list | tuple | set) else ()
 
 
+def _toml_line(text: str, error: str) -> str | None:
+    """Return the line of the TOML text that an error of tomllib names, if it has a value that may have been
+    misspelt: an assignment. Return None for another line, and if the error names none."""
+    found = re.search(r"\(at line (\d+), ", error)
+    lines = text.splitlines()
+    line = lines[int(found[1]) - 1].strip() if found and int(found[1]) <= len(lines) else ""
+    return line if re.match(r"[\w.-]+\s*=", line) else None
+
+
 def _unreadable(what: str, form: str, error: Exception) -> UserError:
     if isinstance(error, RecursionError):
         return UserError(f"{what} is nested too deeply", allowed=f"at most {_DEEPEST} levels")
     return UserError(f"{what} is not valid {form}: {_short(error)}")
 
 
-def _short(error: BaseException) -> str:
+def _short(error: BaseException | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
