@@ -284,10 +284,11 @@ function refusal(file, setting) {
   const model = file.models[setting.model];
   if (!model) return "model";
   const entry = entryOf(file, setting), { batch, second } = setting;
+  if ([batch, ...(model.second ? [second] : [])].some((n) => !Number.isInteger(n) || n < 1)) return "number";
   if (!entry || entry.problem) return "combination";
-  if (!Number.isInteger(batch) || batch < 1 || batch > model.batches.at(-1)) return "batch";
+  if (batch > model.batches.at(-1)) return "batch";
   if (model.second) {
-    if (!Number.isInteger(second) || second < model.seconds[0] || second > model.seconds.at(-1)) return "second";
+    if (second < model.seconds[0] || second > model.seconds.at(-1)) return "second";
     if (second % model.multiple) return "multiple";
   }
   return file.devices[setting.device]?.beside[entry.groups] ? "" : "device";
@@ -366,7 +367,7 @@ function planText(file, setting) {
   const techniques = lines.length ? `techniques:\n${lines.join("\n")}` : "techniques: {}";
   return `cat > plan.yaml <<'EOF'\n${techniques}\n${setting.sharding === "none" ? "" : `ranks: ${file.ranks}\n`}EOF\n`;
 }
-function command(file, setting, kind = "estimate") {
+function command(file, setting, kind = "estimate", lang = "en") {
   const model = file.models[setting.model], ranks = setting.sharding === "none" ? 1 : file.ranks;
   const isPlain = setting.precision === "float32" && setting.recomputation === "none" && ranks === 1;
   const plan = kind === "estimate" && isPlain ? "" : planText(file, setting); // --largest without a plan searches
@@ -378,6 +379,7 @@ function command(file, setting, kind = "estimate") {
   if (kind === "largest") words.push("--largest", "batch");
   words.push("--on", ranks > 1 ? `${ranks}x${setting.device}` : setting.device);
   if (kind === "largest") words.push("--plan", "plan.yaml");
+  else if (lang !== "en") words.push("--lang", lang); // the answer to --largest is in English
   return plan + words.join(" ");
 }
 

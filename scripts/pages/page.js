@@ -83,7 +83,8 @@ function showVerdict(setting, result) {
   const values = { low: number(model.seconds[0]), high: number(model.seconds.at(-1)), batch: number(model.batches.at(-1)), multiple: model.multiple };
   if (result.run) {
     verdict.className = "headline unknown";
-    verdict.replaceChildren(make("strong", {}, t("unknown")), " ", t(`run_${result.run}`, values));
+    const lead = result.run === "number" ? [] : [make("strong", {}, t("unknown")), " "]; // no command answers that
+    verdict.replaceChildren(...lead, t(`run_${result.run}`, values));
     return;
   }
   const [value, , needed] = result.device.map(bytes);
@@ -160,9 +161,9 @@ function codeBox(name, text) {
   button.onclick = () => navigator.clipboard.writeText(text).then(() => { button.textContent = t("copied"); });
   return make("div", { class: "code" }, make("p", {}, make("span", {}, name), button), make("pre", { tabindex: "0", "aria-label": name }, text));
 }
-function showCommands(setting) {
-  el("commands").replaceChildren(
-    codeBox(t("command_estimate"), command(FILE, setting)), codeBox(t("command_largest"), command(FILE, setting, "largest")));
+function showCommands(setting, result) {
+  const kinds = result.run === "number" ? [] : ["estimate", "largest"];
+  el("commands").replaceChildren(...kinds.map((kind) => codeBox(t(`command_${kind}`), command(FILE, setting, kind, lang))));
 }
 function largestText(found) {
   if (!found) return t("largest_unknown");
@@ -197,7 +198,7 @@ async function show() {
   history.replaceState(null, "", hash(setting));
   const result = await answer(FILE, setting);
   if (mine !== turn) return;
-  showVerdict(setting, result); showFigures(result); showCommands(setting);
+  showVerdict(setting, result); showFigures(result); showCommands(setting, result);
   el("bounded").hidden = !result.bounded;
   for (const section of document.querySelectorAll(".known")) section.hidden = Boolean(result.run);
   if (!result.run) { showTimeline(result); showHolders(result); }

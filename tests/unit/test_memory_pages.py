@@ -67,7 +67,9 @@ def test_the_page_answers_as_memfit_estimate_does(asked: dict[str, Any]) -> None
     ("changes", "reason"),
     [
         ({"batch": 65}, "batch"),
-        ({"batch": 0}, "batch"),
+        ({"batch": 0}, "number"),
+        ({"batch": 1.5}, "number"),
+        ({"second": -64}, "number"),
         ({"second": 1025}, "second"),
         ({"second": 63}, "second"),
         ({"model": "u-net-3d", "second": 100}, "multiple"),
@@ -110,6 +112,8 @@ def test_the_commands_of_the_page_name_the_batch_of_all_devices_and_the_plan() -
     assert yaml.safe_load(plan.split("\n", 1)[1]) == memory_pages.plan_of("bf16-autocast", "blocks", "fsdp2")
     spec = "memfit estimate hf:openai-community/gpt2 plan.yaml --batch 16 --length 500 --on 8xRTX-4090"
     assert command == spec
+    japanese = in_node("page.command(given.file, given.asked, 'estimate', 'ja')", asked=asked)
+    assert japanese == f"{text} --lang ja"
     plain = in_node("page.command(given.file, given.asked, 'largest')", asked=setting())
     assert yaml.safe_load(plain.split("\n", 1)[1].split("EOF")[0]) == {"techniques": {}}
     assert plain.endswith("--largest batch --on RTX-4090 --plan plan.yaml"), "without a plan it would search"

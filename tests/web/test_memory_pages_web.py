@@ -69,6 +69,10 @@ def test_a_setting_is_chosen_by_keyboard_and_the_answer_and_the_command_follow(
     assert "--batch 640" in page.inner_text("#commands")
     assert page.inner_text("#figures") == ""
     assert "batch=640" in page.url
+    for wrong in ("0", "-3", "1.5", ""):  # no command is shown that would refuse them
+        page.fill("#batch", wrong)
+        page.wait_for_function("document.getElementById('verdict').textContent.startsWith('Enter a whole')")
+        assert page.inner_text("#commands") == ""
 
 
 @pytest.mark.parametrize("opened", [(CALCULATOR, 390, "en")], indirect=True)
