@@ -643,6 +643,12 @@ REFUSED = {
         ),
         "changes gradients",
     ),
+    "a plan that is applied already": (
+        PLAIN.replace(
+            "scheduler = torch", "fit = memfit.apply({}, model, optimizer)\nscheduler = torch"
+        ).replace("loss.backward()", "fit.backward(loss)"),
+        "the script applies a plan already (line 13): change the plan there",
+    ),
     "a norm that is read before the step": (
         PLAIN.replace("        torch.nn.utils.clip", "        norm = torch.nn.utils.clip").replace(
             "        optimizer.step()\n", "        print(norm)\n        optimizer.step()\n"

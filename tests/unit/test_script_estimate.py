@@ -1524,6 +1524,11 @@ def test_a_script_that_does_not_train_is_told(tmp_path: Path) -> None:
     assert "optimizer" not in problem  # the script needs other arguments, not another optimizer
 
 
+def test_a_script_that_needs_its_launcher_is_told(tmp_path: Path) -> None:
+    problem = _problem(tmp_path / "alone.py", "import os\nrank = int(os.environ['LOCAL_RANK'])")
+    assert "as in `torchrun --nproc-per-node 2 alone.py`" in problem
+
+
 def test_a_script_that_asks_or_trains_in_a_thread_is_told_why_it_fails(tmp_path: Path) -> None:
     problem = _problem(tmp_path / "asks.py", "import torch\nname = input('name? ')")
     assert "EOFError at asks.py:2" in problem
@@ -1597,6 +1602,7 @@ def test_accelerate_launch_is_read_with_its_settings(tmp_path: Path, monkeypatch
         ("bash job.sbatch", "the line in it that starts the training"),
         ("no-such-command", "does not exist"),
         ("pyton train.py", "did you mean 'python'"),
+        ("torchrun --nproc-per-nodes 2 train.py", "2 train.py: unrecognized arguments: --nproc-per-nodes"),
         ("torchrun --nproc-per-node auto train.py", "auto is no number of processes"),
         ("torchrun --nproc-per-node 0 train.py", "=0 is no number of processes"),
         ("torchrun --nproc-per-node 2 --nnodes ² train.py", "--nnodes=² is no number of nodes"),

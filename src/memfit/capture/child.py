@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import runpy
 import sys
 import threading
@@ -72,6 +73,7 @@ _ADAM_RATIO = 2.0  # bytes of optimizer state by those of parameters
 _LINE_SEARCH_GRADIENTS = 3  # those of both ends of its bracket, and the last one while the next is made
 _NODE_BYTES = 512  # of a node of autograd's graph, in host memory
 _MOST_LINES = 3
+_RANK_NAME = re.compile(r"raised KeyError\b.*'(LOCAL_RANK|RANK|WORLD_SIZE|LOCAL_WORLD_SIZE)'")
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -464,6 +466,11 @@ class _Session:
             self.end(goes_on=False)
         if problem.startswith("the script raised EOFError"):
             hint = "the script reads its standard input, which is empty here: give what it asks as arguments"
+        if _RANK_NAME.search(problem):
+            hint = (
+                "the script reads what its launcher sets: put that before it, as in `torchrun "
+                f"--nproc-per-node 2 {self.program.name}`, and as many devices after --on"
+            )
         if has_ended and (assumptions := self.trace.recorder.guesses.assumptions):
             hint = (
                 f"it may have ended by a value that is assumed: {'; '.join([*assumptions][:_MOST_LINES])}. "

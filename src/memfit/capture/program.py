@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import itertools
 import re
 import shutil
@@ -211,11 +213,14 @@ def _of_deepspeed(arguments: list[str]) -> Program:
 def _parse_arguments(
     parser: argparse.ArgumentParser, arguments: list[str], launcher: str
 ) -> argparse.Namespace:
+    told = io.StringIO()  # argparse's usage, which would name memfit as the program
     try:
-        return parser.parse_args(arguments)
+        with contextlib.redirect_stderr(told):
+            return parser.parse_args(arguments)
     except SystemExit as error:
+        reason = told.getvalue().rpartition("error: ")[2].strip()
         raise UserError(
-            f"{launcher} does not accept the arguments {' '.join(arguments)}",
+            f"{launcher} does not accept the arguments {' '.join(arguments)}" + f": {reason}" * bool(reason),
             hint=f"`{launcher} --help` lists its options",
         ) from error
 

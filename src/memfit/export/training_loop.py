@@ -94,6 +94,13 @@ def find_loop(source: Source, plan: Plan) -> Loop:
     """Return the training loop of the script. Raises UserError, whose ``given`` is the reason, if there is
     none of a form that can be edited safely for ``plan``. The reason names all obstacles (`_obstacles`) and
     the first other one."""
+    if applied := {
+        c.lineno for c in source.calls(frozenset({"apply"})) if ast.unparse(c.func) == "memfit.apply"
+    }:
+        raise UserError(
+            f"the script applies a plan already ({number_lines(applied)}): change the plan there, or begin "
+            "with the script without memfit's lines"
+        )
     reasons = [*_obstacles(source, plan)]
     try:
         loop = _find_loop(source, plan)
