@@ -254,14 +254,14 @@ class Writer:
                 ),
             ]
             upkeep = [
-                (self.texts["fact"].get(key, key), cell(value), f"{cell(source)} ({date})")
+                (self.texts["fact"].get(key, key), cell(self.upkeep(key, value)), f"{cell(source)} ({date})")
                 for key, (value, source, date) in engine_facts(e.name).items()
             ]
             job = "char-lm" if e.name == "megatron" else "protein-lm"  # which trains a GPT of its own kind
             self.add(
                 f"engines/{e.name}.md",
                 f"`{e.name}`",
-                f"{summary}.",
+                self.say("sentence", text=summary),
                 listed(facts),
                 f"## {self.say('upkeep')}\n\n" + table(self.texts["upkeep_columns"], upkeep)
                 if upkeep
@@ -271,6 +271,15 @@ class Writer:
             )
         self.index("engines", rows)
 
+    def upkeep(self, key: str, value: str) -> str:
+        """Return a fact of an engine's release in the language of the pages: the catalog's words translated,
+        numbers and names as they are. Raises SiteError for words without a translation."""
+        if self.language == "en" or key not in ("status", "builds"):
+            return value
+        if value not in (known := self.texts["engine_upkeep"]):
+            raise SiteError(f"docs/site/texts.toml has no [{self.language}.engine_upkeep] for: {value}")
+        return str(known[value])
+
     def jobs(self) -> None:
         rows = []
         for job in describe():
@@ -279,7 +288,7 @@ class Writer:
             self.add(
                 f"jobs/{job.name}.md",
                 f"`{job.name}`",
-                f"{title}.",
+                self.say("sentence", text=title),
                 listed(
                     [
                         (self.say("data"), escaped(self.words.of(job.data_source))),

@@ -51,6 +51,21 @@ def test_the_words_of_both_languages_have_the_same_keys() -> None:
     assert set(build_site.TEXTS["ja"]["engine"]) == set(build_site.ENGINES)
 
 
+def test_japanese_pages_of_engines_and_jobs_are_in_japanese(sites: dict[str, build_site.Pages]) -> None:
+    pages = {p: text for p, text in sites["ja"].items() if p.startswith(("engines/", "jobs/"))}
+    kana = "[\u3040-\u30ff\u4e00-\u9fff]"
+    assert {path for path, text in pages.items() if re.search(rf"{kana}\.$", text, re.MULTILINE)} == set()
+    upkeep = pages["engines/deepspeed.md"].split("## ")[1]
+    for row in ("保守状況", "コンパイル"):
+        value = next(line for line in upkeep.splitlines() if line.startswith(f"| {row}")).split("|")[2]
+        assert re.search(kana, value)
+
+
+def test_words_on_an_engines_release_without_a_translation_are_an_error() -> None:
+    with pytest.raises(build_site.SiteError, match=r"has no .* for: abandoned"):
+        build_site.Writer("ja").upkeep("status", "abandoned")
+
+
 def test_a_technique_shows_the_measured_peaks_of_its_records(sites: dict[str, build_site.Pages]) -> None:
     rows = build_site.records("memory_truth")[-1]["rows"]
     esm = {r["plan"]: r["measured_bytes"] for r in rows if r["architecture"] == "esm"}
