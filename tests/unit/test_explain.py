@@ -26,7 +26,7 @@ from memfit.report.words import load_words
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, use
 from memfit.types.result import Interval
-from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
+from memfit.types.trace import UNKNOWN_BUFFER, Allocation, Category, OpCall, Phase, PhaseSpan, Trace
 
 KIB = 1024
 CHECKPOINTED = Plan(uses=(use("activation-checkpointing", every=1),))
@@ -180,6 +180,14 @@ def test_the_terminal_shows_line_module_and_count_of_a_contributor(lang: str) ->
     row = next(line.split() for line in out.getvalue().splitlines() if "my.py:7" in line)
     assert row[1:] == ["layers.*.mlp", "mm", "my.py:7", "16", "KiB", "2"]
     assert "−8 KiB" in out.getvalue()
+
+
+def test_the_terminal_shows_assumptions_in_the_language_of_the_answer() -> None:
+    out = io.StringIO()
+    estimate = dataclasses.replace(PLAIN.estimate, assumptions=(UNKNOWN_BUFFER,))
+    assumed = dataclasses.replace(PLAIN, estimate=estimate)
+    print_explained(assumed, console=Console(file=out, width=400, highlight=False), lang="ja")
+    assert "仮定：再帰型ネットワーク" in out.getvalue()
 
 
 # --- PyTorch's viewer

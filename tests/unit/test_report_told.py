@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from report_fixture import full_poc, offers
 
-from memfit import catalog
+from memfit import capture, catalog
 from memfit.catalog import finance
 from memfit.cli import plan_from_config
+from memfit.cost.workspaces import UnprobedWorkspaces
 from memfit.decision.case import parse_case
 from memfit.decision.decide import decide
 from memfit.decision.projects import estimated_hours, project_of
@@ -46,6 +47,7 @@ from memfit.techniques.parallel import (
 )
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
+from memfit.types.trace import UNKNOWN_BUFFER
 from memfit.verify import judge
 
 EN, JA = load_words("en"), load_words("ja")
@@ -154,6 +156,31 @@ def left_out_reasons() -> list[str]:
 @pytest.mark.parametrize("text", left_out_reasons())
 def test_reasons_why_something_is_left_out_are_translated_to_japanese(text: str) -> None:
     assert JAPANESE.search(JA.of(text)), text
+
+
+def script_notes() -> list[str]:
+    """The notes on a script, with 7 for what fills them in."""
+    found = []
+    for name in ("child", "sandbox"):
+        file = Path(capture.__file__).parent / f"{name}.py"
+        for call in (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)):
+            if ast.unparse(call.func) in ("self.notes.append", "notes.append"):
+                parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else [call.args[0]]
+                found.append("".join(p.value if isinstance(p, ast.Constant) else "7" for p in parts))
+    return found
+
+
+@pytest.mark.parametrize("text", script_notes())
+def test_notes_on_a_script_are_translated_to_japanese(text: str) -> None:
+    assert JAPANESE.search(JA.of(text)), text
+
+
+def test_assumptions_of_an_estimate_are_printed_in_japanese() -> None:
+    found = UnprobedWorkspaces(high_bytes=1, signatures=("a",), calls={"convolution": 12})
+    text = JA.of(found.assumption())
+    assert "convolution (12 calls)" in text
+    assert JAPANESE.search(text)
+    assert JAPANESE.search(JA.of(UNKNOWN_BUFFER))
 
 
 def test_answers_of_an_autopsy_are_translated_to_japanese() -> None:

@@ -254,7 +254,7 @@ def print_estimate(
     if (split := _split(estimate.dependence, words)) is not None:
         console.print(split)
     for assumption in estimate.assumptions[:MOST_ASSUMPTIONS]:
-        console.print(Text(words.get("terminal.assumed", what=assumption), style="dim"))
+        console.print(Text(words.get("terminal.assumed", what=words.of(assumption)), style="dim"))
     categories = [(words.name("category", name), size, share) for name, size, share in view.categories]
     phases = [(words.name("phase", name), size, share) for name, size, share in view.phases]
     device = [(words.name("memory", name), size, share) for name, size, share in view.device_parts]
