@@ -408,6 +408,7 @@ def test_a_splitting_plan_states_its_change_or_that_it_was_not_tested() -> None:
     assert [r.kind for r in dependence_reasons(SPLIT, OF_NORMS)] == ["changes"]
     assert [r.kind for r in dependence_reasons(SPLIT, UNTESTED)] == ["not_tested"]
     assert not dependence_reasons(Plan(), UNTESTED)
+    assert [r.technique for r in dependence_reasons(Plan(), OF_NORMS)] == ["splitting the batch"]
 
 
 def test_grids_respect_limits_on_splitting_and_sharing_a_batch() -> None:

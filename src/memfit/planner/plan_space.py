@@ -111,7 +111,7 @@ def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason
         changes = changes_training(plan, dependence)
         kind = ReasonKind.CHANGES if changes else ReasonKind.LEFT_OUT_CHANGES
         return (
-            Reason(kind=kind, technique="" if changes else "splits of the batch", detail=dependence.changes),
+            Reason(kind=kind, technique="" if changes else "splitting the batch", detail=dependence.changes),
         )
     if dependence.kind is DependenceKind.NOT_TESTED and splits_batch(plan):
         return (Reason(kind=ReasonKind.NOT_TESTED, technique="", detail=dependence.reason),)
