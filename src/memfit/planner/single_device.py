@@ -41,7 +41,7 @@ from memfit.types.deadline import Deadline, TimeUp
 from memfit.types.dependence import DependenceCause, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
-from memfit.types.result import Estimate, Reason, ReasonKind
+from memfit.types.result import Estimate, Interval, Reason, ReasonKind
 
 FINALISTS = 14
 _FEWER_FINALISTS = 8  # used if traces are long, as for models with thousands of small tensors
@@ -197,23 +197,32 @@ def estimate_plans(
     saving_plans = [plan for plan in all_plans if may_skip and not plan.techniques.isdisjoint(_ONLY_SAVING)]
     with predictor.deadline.earlier_by(kept_s):
         _sketch([plan for plan in all_plans if plan not in saving_plans], predictor, sketches, progress)
-        # The sketch of a plan with offload may be far below its trace.
-        fitting_plans = {e.plan for e in filter(meets_limits, sketches) if _OFFLOAD not in e.plan}
+        fitting_plans = {e.plan for e in sketches if _surely(meets_limits, e)}
         skipped_plans = {p for p in saving_plans if not fitting_plans.isdisjoint(_without_saving(p))}
         _sketch([plan for plan in saving_plans if plan not in skipped_plans], predictor, sketches, progress)
+    try:
+        if not sketches:
+            raise TimeUp
+        estimates = _trace_best(predictor, request, cap_bytes, progress, meets_limits, sketches)
+        if skipped_plans and not any(map(meets_limits, estimates)):  # a trace needs more than its sketch
+            _sketch([plan for plan in all_plans if plan in skipped_plans], predictor, sketches, progress)
+            skipped_plans = set()
+            estimates = _trace_best(predictor, request, cap_bytes, progress, meets_limits, sketches)
+    except TimeUp:
+        estimates = _estimates_in_time(
+            predictor,
+            request,
+            cap_bytes,
+            meets_limits,
+            sketches,
+            [plan for plan in all_plans if plan not in skipped_plans],
+            progress,
+        )
     all_plans = [plan for plan in all_plans if plan not in skipped_plans]
     for name in _ONLY_SAVING:
         plans_with_it = [plan for plan in saving_plans if name in plan]
         if plans_with_it and skipped_plans.issuperset(plans_with_it):
             left_out = (*left_out, Reason(kind=ReasonKind.LEFT_OUT_ONLY_SAVES, technique=name))
-    try:
-        if not sketches:
-            raise TimeUp
-        estimates = _trace_best(predictor, request, cap_bytes, progress, meets_limits, sketches)
-    except TimeUp:
-        estimates = _estimates_in_time(
-            predictor, request, cap_bytes, meets_limits, sketches, all_plans, progress
-        )
     estimated_plans = {e.plan for e in (*sketches, *estimates)}
     return EstimatedPlans(
         traced=estimates,
@@ -229,6 +238,22 @@ def _may_skip_saving(request: Request) -> bool:
     measured time decides."""
     saves_time = request.goal in (Objective.FASTEST, Objective.CHEAPEST, Objective.GREENEST)
     return saves_time and not request.is_here
+
+
+def _surely(meets_limits: Fits, sketch: Estimate) -> bool:
+    """Return whether the plan keeps to the limits at the upper ends of its sketch's memory. False for a plan
+    with offload, whose sketch may be far below its trace."""
+
+    def highest(interval: Interval | None) -> Interval | None:
+        return None if interval is None else Interval.exactly(interval.high)
+
+    upper_end = dataclasses.replace(
+        sketch,
+        allocated_bytes=Interval.exactly(sketch.allocated_bytes.high),
+        reserved_bytes=highest(sketch.reserved_bytes),
+        device_bytes=highest(sketch.device_bytes),
+    )
+    return _OFFLOAD not in sketch.plan and meets_limits(upper_end)
 
 
 def _without_saving(plan: Plan) -> list[Plan]:
