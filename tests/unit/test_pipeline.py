@@ -31,6 +31,7 @@ from memfit.workflows import proof_of_concept, single_run
 from memfit.workflows.proof_of_concept import (
     ABLATION,
     BASELINE,
+    REPEATED,
     Objective,
     Request,
     explain,
@@ -357,10 +358,11 @@ def test_a_proof_of_concept_runs_a_plan_with_checkpointing_whatever_it_recommend
     assert any(plan.get("activation-checkpointing") for plan in plans)
 
 
-def test_ablations_that_take_more_than_a_minute_together_run_fewer_steps(
+def test_runs_on_which_no_verdict_rests_have_fewer_steps_if_they_take_long(
     whole: Whole, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ablations only show memory and step time; runs that are judged keep all their steps."""
+    """Ablations show memory and step time, the repeated run shows equal losses; runs that are judged keep all
+    their steps."""
     _, predictor = make_predictor(request_)
     finished = Planning(
         request=request_,
@@ -381,19 +383,21 @@ def test_ablations_that_take_more_than_a_minute_together_run_fewer_steps(
         ),
     )
     specs = [
-        dataclasses.replace(spec, name=f"{spec.name} {index}") for index, spec in enumerate(runner.specs())
+        spec if spec.name == REPEATED else dataclasses.replace(spec, name=f"{spec.name} {index}")
+        for index, spec in enumerate(runner.specs())
     ]
     ablations = [spec for spec in specs if spec.role == ABLATION]
     assert len(ablations) > 1
-    share_s = 60.0 / len(ablations)
+    share_s = 30.0 / len(ablations)
 
     def shortened(others: float, **told: float) -> dict[str, int]:
         seconds.clear()
         seconds.update({"others": others, **told})
-        short = runner.shorten_ablations(specs)
+        short = runner.shorten(specs)
         assert [s.name for s in short] == [s.name for s in specs]
         assert all(s.evaluate == (s.steps == 40) for s in short)
-        assert {s.steps for s in short if s.role != ABLATION} == {40}
+        assert {s.steps for s in short if s.role != ABLATION and s.name != REPEATED} == {40}
+        assert [s.steps for s in short if s.name == REPEATED] == [min(40, max(5, int(30.0 / others)))]
         return {s.plan.label: s.steps for s in short if s.role == ABLATION}
 
     assert set(shortened(share_s / 41).values()) == {40}

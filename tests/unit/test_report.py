@@ -264,18 +264,22 @@ def test_the_answer_says_if_the_recommendation_was_not_completed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reproducible", "step", "words"),
+    ("reproducible", "step", "steps", "words"),
     [
-        (False, 7, "first differed at step 7"),
-        (False, None, "different results"),
-        (None, None, "not measured"),
+        (True, None, None, "run twice gave bitwise equal results"),
+        (True, None, 20, "run again for 20 steps gave bitwise equal losses"),
+        (False, 7, None, "first differed at step 7"),
+        (False, None, None, "different results"),
+        (None, None, None, "not measured"),
     ],
 )
 def test_the_answer_says_whether_the_run_was_reproducible(
-    reproducible: bool | None, step: int | None, words: str
+    reproducible: bool | None, step: int | None, steps: int | None, words: str
 ) -> None:
     poc = full_poc()
-    found = dataclasses.replace(poc.reproducibility, reproducible=reproducible, first_differing_step=step)
+    found = dataclasses.replace(
+        poc.reproducibility, reproducible=reproducible, first_differing_step=step, steps=steps
+    )
     poc = dataclasses.replace(poc, reproducibility=found)
     assert words in said(poc)[2]
     Page(render_html(poc, lang="en"))

@@ -327,6 +327,26 @@ def test_reproducibility_is_not_claimed_without_evidence(measured: dict[str, Any
     assert reproducibility(make_run(), make_run(**measured)).reproducible is None
 
 
+@pytest.mark.parametrize(
+    ("losses", "grad_norms", "reproducible", "step"),
+    [
+        ((2.0, 1.5), (1.0, 1.0), True, None),
+        ((2.0, 1.25), (1.0, 1.0), False, 1),
+        ((2.0, 1.5), (1.5, 1.0), False, 0),
+        ((2.0,), (1.0, 1.0), False, 1),
+    ],
+)
+def test_a_repeated_run_of_fewer_steps_is_compared_over_its_steps(
+    losses: tuple[float, ...], grad_norms: tuple[float, ...], reproducible: bool, step: int | None
+) -> None:
+    shorter = make_run(losses=losses, grad_norms=grad_norms, weights_digest="of two steps")
+    shorter = dataclasses.replace(shorter, spec=dataclasses.replace(shorter.spec, steps=2))
+    found = reproducibility(make_run(), shorter)
+    assert (found.reproducible, found.first_differing_step, found.steps) == (reproducible, step, 2)
+    if reproducible:
+        assert found.detail == "losses and gradient norms bitwise equal over 2 steps"
+
+
 def test_signed_zeros_are_different_bits() -> None:
     found = reproducibility(make_run(losses=(0.0,)), make_run(losses=(-0.0,)))
     assert found.first_differing_step == 0

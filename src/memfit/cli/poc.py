@@ -47,8 +47,8 @@ class PocOptions:
             "equivalent, is based on these pairs of runs. With fewer than 3 pairs, results can only be "
             "shown to be equivalent if the plan must not change them at all, as with --accuracy exact. All "
             "further runs of a proof of concept have seed 0. Those that show what single techniques do take "
-            "about a minute for each seed; if all their steps take longer, they are trained for fewer, and "
-            "show memory and time only.",
+            "about half a minute for each seed, and the repeated run of the recommended plan half a minute; "
+            "if all their steps take longer, they are trained for fewer, and show no accuracy.",
         ),
     ] = 3
     nproc: Annotated[

@@ -137,6 +137,9 @@ def _reproducible(poc: Poc) -> Sentence:
     reproducibility = poc.reproducibility
     if reproducibility.reproducible is None:
         return Sentence(key="answer.reproducible.missing")
+    if reproducibility.reproducible and reproducibility.steps is not None:
+        steps = measured(reproducibility.steps, "count", POC)
+        return Sentence(key="answer.reproducible.yes_steps", values={"steps": steps})
     if reproducibility.reproducible:
         return Sentence(key="answer.reproducible.yes")
     if reproducibility.first_differing_step is None:

@@ -410,12 +410,14 @@ class PreparedRun:
 class Reproducibility:
     """Whether a second run with the same plan and seed gave the same result, bit for bit. ``reproducible`` is
     None if this was not tried or could not be judged, for example because a run did not complete.
-    ``first_differing_step`` is counted from 0; None if no step is known to differ. ``detail``: a text that
-    says what differs, what was equal, or why it could not be judged.
+    ``first_differing_step`` is counted from 0; None if no step is known to differ. ``steps``: the number of
+    steps of the second run if it had fewer than the first; None: it had as many. ``detail``: a text that says
+    what differs, what was equal, or why it could not be judged.
     """
 
     reproducible: bool | None
     first_differing_step: int | None = None
+    steps: int | None = None
     detail: str = ""
 
 

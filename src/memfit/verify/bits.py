@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -18,7 +19,8 @@ def first_difference(a: Sequence[float], b: Sequence[float]) -> int | None:
 
 def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
     """Return whether two runs with the same plan and seed are bitwise equal in losses, gradient norms and
-    trained weights.
+    trained weights. ``run_b`` may have fewer steps than ``run_a``; then only its losses and gradient norms
+    are compared.
 
     The result names the first step that differs. If only the weights differ, that is the last step, because
     only its update has no later loss that would show it. ``reproducible`` is None if a run did not complete
@@ -28,15 +30,26 @@ def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
     assert run_a.spec.plan == run_b.spec.plan, "both runs must have the same plan"
     if reason := _not_comparable(run_a.measurement, run_b.measurement):
         return Reproducibility(reproducible=None, detail=reason)
-    difference = _first_differing(run_a.measurement, run_b.measurement)
+    measured, steps = run_a.measurement, run_b.spec.steps
+    is_shorter = steps < run_a.spec.steps
+    if is_shorter:
+        measured = dataclasses.replace(
+            measured,
+            losses=measured.losses[:steps],
+            grad_norms=measured.grad_norms[:steps],
+            weights_digest=run_b.measurement.weights_digest,
+        )
+    shorter_steps = steps if is_shorter else None
+    difference = _first_differing(measured, run_b.measurement)
     if difference is None:
-        norms = ", gradient norms" if run_a.measurement.grad_norms else ""
-        steps = len(run_a.measurement.losses)
-        detail = f"losses{norms} and trained weights bitwise equal over {steps} steps"
-        return Reproducibility(reproducible=True, detail=detail)
+        norms = ["gradient norms"] if measured.grad_norms else []
+        equal = ["losses", *norms, *([] if is_shorter else ["trained weights"])]
+        texts = " and ".join(filter(None, [", ".join(equal[:-1]), equal[-1]]))
+        detail = f"{texts} bitwise equal over {len(measured.losses)} steps"
+        return Reproducibility(reproducible=True, steps=shorter_steps, detail=detail)
     step, what = difference
     detail = f"{what} first differs at step {step} (counted from 0)"
-    return Reproducibility(reproducible=False, first_differing_step=step, detail=detail)
+    return Reproducibility(reproducible=False, first_differing_step=step, steps=shorter_steps, detail=detail)
 
 
 def _not_comparable(a: Measurement, b: Measurement) -> str:

@@ -98,7 +98,7 @@ CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
 REPORTS = "reports"  # folder beside the store
 _KEPT_GATES = "the gates stored by the last memfit decide --gates (memfit decide --gates default resets them)"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
-CONTROL = "negative control"
+REPEATED, CONTROL = "recommended again", "negative control"
 _TIMELINE_POINTS = 400
 _TRIALS_S = 60.0  # seconds of a proof of concept for rivals of its recommendation; half with one seed
 # facts that must agree for machines whose times correct each other
@@ -161,7 +161,7 @@ def poc(  # noqa: PLR0913
     calibrate(
         planning.predictor, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs))
     )
-    specs = runner.shorten_ablations(specs)
+    specs = runner.shorten(specs)
     if side_by_side is not None:
         proof = runner.add_runs(proof, specs, side_by_side)
     else:
@@ -401,7 +401,8 @@ class _PocRunner:
         1. The baseline with seed 0 under the memory cap.
         2. For each seed: the baseline without the cap, then the recommended plan under it. Running them in
            turn exposes both to the same noise.
-        3. The recommended plan again with seed 0 under the cap, to test whether a run is reproducible.
+        3. The recommended plan again with seed 0 under the cap, to test whether a run is reproducible. If all
+           its steps would take more than half a minute, it has fewer (`shorten`).
         4. Ablations, all with seed 0 and without the cap: the recommended plan without each of its techniques
            in turn; the best plan that fits with autocast, with recomputation and, on several ranks, with
            sharded states (`best_of_groups`); plain training with autocast; and, if the model has repeated
@@ -413,7 +414,7 @@ class _PocRunner:
         for seed in range(self.seeds):
             yield self._spec(BASELINE, BASELINE, self.baseline, seed=seed)
             yield self._spec(RECOMMENDED, RECOMMENDED, self.recommended, seed=seed, capped=True)
-        yield self._spec("recommended again", RECOMMENDED, self.recommended, seed=0, capped=True)
+        yield self._spec(REPEATED, RECOMMENDED, self.recommended, seed=0, capped=True)
         known_plans, excluded_techniques = (
             {self.baseline, self.recommended},
             self.planning.request.bounds.without,
@@ -456,23 +457,29 @@ class _PocRunner:
             timeline=seed == 0,
         )
 
-    def shorten_ablations(self, specs: Sequence[RunSpec]) -> list[RunSpec]:
-        """Return the runs, with those ablations shortened that take long: no verdict on the recommended plan
-        rests on them, so all together may take a minute for each of the PoC's seeds.
+    def shorten(self, specs: Sequence[RunSpec]) -> list[RunSpec]:
+        """Return the runs, with those shortened that take long and on which no verdict on the recommended
+        plan rests: the ablations, which may take half a minute for each of the PoC's seeds all together, and
+        the repeated run, which may take half a minute.
 
-        The time left is shared out in equal parts, the quickest ablation first, by predicted step times. One
+        The time is shared out in equal parts, the quickest ablation first, by predicted step times. A run
         that takes longer than its part is returned without evaluation and with as many steps as fit, at least
-        5: it then measures memory and step time only. Ablations without a predicted step time are unchanged.
+        5: it then shows no accuracy. Runs without a predicted step time are unchanged.
         """
-        ablations = [spec for spec in specs if spec.role == ABLATION]
-        steps = ((spec, self.planning.predictor.whole(spec.plan).step_s) for spec in ablations)
-        timed = sorted(((step.value, spec) for spec, step in steps if step), key=lambda pair: pair[0])
-        left_s, shortened = _ABLATIONS_S * self.seeds, dict[str, RunSpec]()
-        for index, (step_s, spec) in enumerate(timed):
-            count = max(_FEWEST_STEPS, int(left_s / (len(timed) - index) / step_s))
-            if count < spec.steps:
-                shortened[spec.name] = dataclasses.replace(spec, steps=count, evaluate=False)
-            left_s -= min(count, spec.steps) * step_s
+        shortened = dict[str, RunSpec]()
+        for names, limit_s in (
+            ({spec.name for spec in specs if spec.role == ABLATION}, _SHORT_S * self.seeds),
+            ({REPEATED}, _SHORT_S),
+        ):
+            chosen = [spec for spec in specs if spec.name in names]
+            steps = ((spec, self.planning.predictor.whole(spec.plan).step_s) for spec in chosen)
+            timed = sorted(((step.value, spec) for spec, step in steps if step), key=lambda pair: pair[0])
+            left_s = limit_s
+            for index, (step_s, spec) in enumerate(timed):
+                count = max(_FEWEST_STEPS, int(left_s / (len(timed) - index) / step_s))
+                if count < spec.steps:
+                    shortened[spec.name] = dataclasses.replace(spec, steps=count, evaluate=False)
+                left_s -= min(count, spec.steps) * step_s
         return [shortened.get(spec.name, spec) for spec in specs]
 
     def add_run(self, poc: Poc, spec: RunSpec, label: str) -> Poc:
@@ -547,7 +554,7 @@ class _PocRunner:
     def conclude(self, poc: Poc) -> Poc:
         runs = poc.runs
         baseline_runs, recommended_runs = _judged_runs(runs)
-        repeated_runs = [r for r in runs if r.spec.name == "recommended again"]
+        repeated_runs = [r for r in runs if r.spec.name == REPEATED]
         return dataclasses.replace(
             poc,
             verdicts=tuple(self._verdicts(baseline_runs, recommended_runs, runs, poc.control)),
@@ -673,7 +680,7 @@ def _find_run(runs: Sequence[Run], plan: Plan) -> Run | None:
     return next((r for r in successful_runs if r.spec.plan == plan), None)
 
 
-_ABLATIONS_S, _FEWEST_STEPS = 60.0, 5  # of all ablations for each seed; of each ablation
+_SHORT_S, _FEWEST_STEPS = 30.0, 5  # see `shorten`
 _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
     "peak_bytes": lambda m: m.peak_bytes,
     "step_s": median_step_s,
