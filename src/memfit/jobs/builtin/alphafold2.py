@@ -290,12 +290,13 @@ def _cluster_profiles(visible: Array, extra: Array, mask: Array) -> Array:
     rows, n, 23): a row and the rows of ``extra`` (batch, extra rows, n, 23) that agree with it in more
     residues than with any other row (supplement 1.2.7). ``mask`` (batch, n) is 0 at padding, which does not
     count, and neither does the mask class."""
-    profiles = visible.copy()
+    profiles = np.empty_like(visible)
     for row, (rows, others) in enumerate(zip(visible, extra, strict=True)):
         known = (rows[..., :21] * mask[row, :, None]).reshape(len(rows), -1)
         nearest = np.argmax(others[..., :21].reshape(len(others), -1) @ known.T, axis=1)
-        np.add.at(profiles[row], nearest, others)
-        profiles[row] /= 1 + np.bincount(nearest, minlength=len(rows))[:, None, None]
+        members = np.eye(len(rows), dtype=np.float32)[nearest].T  # sums of zeros and ones are exact
+        sums = rows + (members @ others.reshape(len(others), -1)).reshape(rows.shape)
+        profiles[row] = sums / (1 + members.sum(1))[:, None, None]
     return profiles
 
 

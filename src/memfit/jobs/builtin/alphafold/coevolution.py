@@ -74,11 +74,7 @@ def sample_alignment(
     weight = scale + scale.T
     fields = np.log(profile + 1e-4) - weight @ (profile @ potential)
     letters = np.stack([rng.choice(20, rows, p=p / p.sum()) for p in profile])
-    groups = [
-        (columns, neighbours, weight[np.ix_(columns, neighbours)])
-        for columns in _uncoupled_groups(weight > 0)
-        for neighbours in [np.flatnonzero(weight[columns].any(0))]
-    ]
+    groups = [(columns, weight[columns]) for columns in _uncoupled_groups(weight > 0)]
     # The products are small: several threads would spend their time waiting for each other.
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         _sweep(letters, groups, fields, potential, rng, sweeps)
@@ -87,29 +83,30 @@ def sample_alignment(
 
 def _sweep(
     letters: Array,
-    groups: Sequence[tuple[Array, Array, Array]],
+    groups: Sequence[tuple[Array, Array]],
     fields: Array,
     potential: Array,
     rng: np.random.Generator,
     sweeps: int,
 ) -> None:
     """Draw all ``letters`` (n, rows) anew ``sweeps`` times, one group of columns after the other. Each of
-    ``groups`` has its columns, the columns that these are coupled to, and the weights of the couplings."""
+    ``groups`` has its columns, and the weights of their couplings to all columns. No energy may be so high
+    that its exponential is infinite."""
     couplings, (length, rows) = potential[letters], letters.shape  # couplings: (n, rows, 20)
     # Arrays that are made anew in each pass would cost more time, in page faults, than the arithmetic.
-    gathered, energies = np.empty_like(couplings), np.empty_like(couplings)
-    numbers, smaller = np.empty((length, rows, 1), np.float32), np.empty(couplings.shape, bool)
+    energies, cumulative = np.empty_like(couplings), np.empty_like(couplings)
+    smaller, numbers = np.empty(couplings.shape, bool), np.empty((length, rows, 1), np.float32)
+    up_to = np.triu(np.ones((20, 20)))
     for _ in range(sweeps):
-        for columns, neighbours, weights in groups:
-            count, others = len(columns), gathered[: len(neighbours)]
+        for columns, weights in groups:
+            count = len(columns)
             energy, below = energies[:count], smaller[:count]
-            np.take(couplings, neighbours, axis=0, out=others, mode="clip")
-            np.matmul(weights, others.reshape(len(others), -1), out=energy.reshape(count, -1))
+            np.matmul(weights, couplings.reshape(length, -1), out=energy.reshape(count, -1))
             energy += fields[columns][:, None]
-            energy -= energy.max(-1, keepdims=True)
-            cumulative = np.cumsum(np.exp(energy, out=energy), axis=-1, out=energy)
+            likely = np.exp(energy, out=energy).reshape(-1, 20)
+            np.matmul(likely, up_to, out=cumulative[:count].reshape(-1, 20))  # np.cumsum takes longer
             drawn = rng.random(dtype=np.float32, out=numbers[:count])
-            np.less(cumulative, drawn * cumulative[..., -1:], out=below)
+            np.less(cumulative[:count], drawn * cumulative[:count, :, -1:], out=below)
             letters[columns] = below.sum(-1)
             couplings[columns] = np.take(potential, letters[columns], axis=0, out=energy, mode="clip")
 
