@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import threadpoolctl
 
 from memfit.files.replace import write_whole
 from memfit.jobs.builtin.alphafold.coevolution import CONTACT_ANGSTROM, contact_map, sample_alignment
@@ -291,12 +292,14 @@ def _cluster_profiles(visible: Array, extra: Array, mask: Array) -> Array:
     residues than with any other row (supplement 1.2.7). ``mask`` (batch, n) is 0 at padding, which does not
     count, and neither does the mask class."""
     profiles = np.empty_like(visible)
-    for row, (rows, others) in enumerate(zip(visible, extra, strict=True)):
-        known = (rows[..., :21] * mask[row, :, None]).reshape(len(rows), -1)
-        nearest = np.argmax(others[..., :21].reshape(len(others), -1) @ known.T, axis=1)
-        members = np.eye(len(rows), dtype=np.float32)[nearest].T  # sums of zeros and ones are exact
-        sums = rows + (members @ others.reshape(len(others), -1)).reshape(rows.shape)
-        profiles[row] = sums / (1 + members.sum(1))[:, None, None]
+    # The products are small: several threads would spend their time waiting for each other.
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        for row, (rows, others) in enumerate(zip(visible, extra, strict=True)):
+            known = (rows[..., :21] * mask[row, :, None]).reshape(len(rows), -1)
+            nearest = np.argmax(others[..., :21].reshape(len(others), -1) @ known.T, axis=1)
+            members = np.eye(len(rows), dtype=np.float32)[nearest].T  # sums of zeros and ones are exact
+            sums = rows + (members @ others.reshape(len(others), -1)).reshape(rows.shape)
+            profiles[row] = sums / (1 + members.sum(1))[:, None, None]
     return profiles
 
 
