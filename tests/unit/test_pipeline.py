@@ -388,7 +388,7 @@ def test_runs_on_which_no_verdict_rests_have_fewer_steps_if_they_take_long(
     ]
     ablations = [spec for spec in specs if spec.role == ABLATION]
     assert len(ablations) > 1
-    share_s = 30.0 / len(ablations)
+    share_s = 25.0 / len(ablations)
 
     def shortened(others: float, **told: float) -> dict[str, int]:
         seconds.clear()
@@ -397,7 +397,7 @@ def test_runs_on_which_no_verdict_rests_have_fewer_steps_if_they_take_long(
         assert [s.name for s in short] == [s.name for s in specs]
         assert all(s.evaluate == (s.steps == 40) for s in short)
         assert {s.steps for s in short if s.role != ABLATION and s.name != REPEATED} == {40}
-        assert [s.steps for s in short if s.name == REPEATED] == [min(40, max(5, int(30.0 / others)))]
+        assert [s.steps for s in short if s.name == REPEATED] == [min(40, max(5, int(25.0 / others)))]
         return {s.plan.label: s.steps for s in short if s.role == ABLATION}
 
     assert set(shortened(share_s / 41).values()) == {40}

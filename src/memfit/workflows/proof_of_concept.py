@@ -459,8 +459,8 @@ class _PocRunner:
 
     def shorten(self, specs: Sequence[RunSpec]) -> list[RunSpec]:
         """Return the runs, with those shortened that take long and on which no verdict on the recommended
-        plan rests: the ablations, which may take half a minute for each of the PoC's seeds all together, and
-        the repeated run, which may take half a minute.
+        plan rests: the ablations, whose steps may take 25 seconds for each of the PoC's seeds all together,
+        and the repeated run, whose steps may take 25 seconds.
 
         The time is shared out in equal parts, the quickest ablation first, by predicted step times. A run
         that takes longer than its part is returned without evaluation and with as many steps as fit, at least
@@ -680,7 +680,7 @@ def _find_run(runs: Sequence[Run], plan: Plan) -> Run | None:
     return next((r for r in successful_runs if r.spec.plan == plan), None)
 
 
-_SHORT_S, _FEWEST_STEPS = 30.0, 5  # see `shorten`
+_SHORT_S, _FEWEST_STEPS = 25.0, 5  # of steps, see `shorten`; runs also take some seconds to start
 _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
     "peak_bytes": lambda m: m.peak_bytes,
     "step_s": median_step_s,
