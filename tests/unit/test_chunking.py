@@ -453,6 +453,9 @@ def test_calls_of_equal_blocks_are_those_of_the_second_without_running_all(by_nu
     [
         (Objective.FASTEST, lambda e, technique: True, True),
         (Objective.FASTEST, lambda e, technique: technique in e.plan, False),
+        # sketches fit, but no trace does, or not that of plain training
+        (Objective.FASTEST, lambda e, technique: technique in e.plan or not e.traced, False),
+        (Objective.FASTEST, lambda e, technique: e.plan != Plan() or not e.traced, False),
         (Objective.SMALLEST, lambda e, technique: True, False),
     ],
 )

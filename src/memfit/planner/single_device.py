@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 from memfit.engines.registry import engine
 from memfit.planner.capacity import Cap, Fits, memory_cap
@@ -197,16 +198,20 @@ def estimate_plans(
     saving_plans = [plan for plan in all_plans if may_skip and not plan.techniques.isdisjoint(_ONLY_SAVING)]
     with predictor.deadline.earlier_by(kept_s):
         _sketch([plan for plan in all_plans if plan not in saving_plans], predictor, sketches, progress)
-        fitting_plans = {e.plan for e in sketches if _surely(meets_limits, e)}
-        skipped_plans = {p for p in saving_plans if not fitting_plans.isdisjoint(_without_saving(p))}
+        fitting_plans = {e.plan for e in filter(meets_limits, sketches)}
+        skipped_plans = _needless(saving_plans, fitting_plans)
         _sketch([plan for plan in saving_plans if plan not in skipped_plans], predictor, sketches, progress)
     try:
         if not sketches:
             raise TimeUp
         estimates = _trace_best(predictor, request, cap_bytes, progress, meets_limits, sketches)
-        if skipped_plans and not any(map(meets_limits, estimates)):  # a trace needs more than its sketch
-            _sketch([plan for plan in all_plans if plan in skipped_plans], predictor, sketches, progress)
-            skipped_plans = set()
+        # Traces may need more than sketches.
+        needs = memory_cap(cap_bytes, request.machine, request.engine).needs
+        fitting_plans = _fitting_as_traced(sketches, estimates, meets_limits, needs)
+        needed_plans = skipped_plans - _needless(skipped_plans, fitting_plans)
+        if needed_plans:
+            _sketch([plan for plan in all_plans if plan in needed_plans], predictor, sketches, progress)
+            skipped_plans -= needed_plans
             estimates = _trace_best(predictor, request, cap_bytes, progress, meets_limits, sketches)
     except TimeUp:
         estimates = _estimates_in_time(
@@ -240,26 +245,46 @@ def _may_skip_saving(request: Request) -> bool:
     return saves_time and not request.is_here
 
 
-def _surely(meets_limits: Fits, sketch: Estimate) -> bool:
-    """Return whether the plan keeps to the limits at the upper ends of its sketch's memory. False for a plan
-    with offload, whose sketch may be far below its trace."""
+def _needless(saving_plans: Iterable[Plan], fitting_plans: AbstractSet[Plan]) -> set[Plan]:
+    """Return those of ``saving_plans`` that fit without their techniques of `_ONLY_SAVING`: without one of
+    them, or without all, the plan is in ``fitting_plans`` and has no offload, whose sketches are too low."""
+    sure_plans = {plan for plan in fitting_plans if _OFFLOAD not in plan}
 
-    def highest(interval: Interval | None) -> Interval | None:
-        return None if interval is None else Interval.exactly(interval.high)
+    def reduced(plan: Plan) -> list[Plan]:
+        without_one = [plan.without(name) for name in _ONLY_SAVING if name in plan]
+        return [*without_one, functools.reduce(Plan.without, _ONLY_SAVING, plan)]
 
-    upper_end = dataclasses.replace(
-        sketch,
-        allocated_bytes=Interval.exactly(sketch.allocated_bytes.high),
-        reserved_bytes=highest(sketch.reserved_bytes),
-        device_bytes=highest(sketch.device_bytes),
-    )
-    return _OFFLOAD not in sketch.plan and meets_limits(upper_end)
+    return {plan for plan in saving_plans if not sure_plans.isdisjoint(reduced(plan))}
 
 
-def _without_saving(plan: Plan) -> list[Plan]:
-    """Return the plan without each of the techniques of `_ONLY_SAVING` that it has, and without all."""
-    reduced = [plan.without(name) for name in _ONLY_SAVING if name in plan]
-    return [*reduced, functools.reduce(Plan.without, _ONLY_SAVING, plan)]
+def _fitting_as_traced(
+    sketches: Sequence[Estimate],
+    traced: Sequence[Estimate],
+    meets_limits: Fits,
+    needs: Callable[[Estimate], int],
+) -> set[Plan]:
+    """Return the plans that fit by their trace or, if they were not traced, by their sketch with the largest
+    ratio of a trace's need to that of its sketch; none if no traced plan fits."""
+    by_plan = {e.plan: e for e in traced}
+    fitting_plans = {e.plan for e in filter(meets_limits, traced)}
+    if not fitting_plans:
+        return set()
+    pairs = [(s, by_plan[s.plan]) for s in sketches if s.plan in by_plan and _OFFLOAD not in s.plan]
+    factor = max([1.0, *(needs(trace) / needs(sketch) for sketch, trace in pairs)])
+
+    def scaled(interval: Interval | None) -> Interval | None:
+        return None if interval is None else interval.scaled(factor)
+
+    for sketch in sketches:
+        higher = dataclasses.replace(
+            sketch,
+            allocated_bytes=sketch.allocated_bytes.scaled(factor),
+            reserved_bytes=scaled(sketch.reserved_bytes),
+            device_bytes=scaled(sketch.device_bytes),
+        )
+        if sketch.plan not in by_plan and meets_limits(higher):
+            fitting_plans.add(sketch.plan)
+    return fitting_plans
 
 
 def _sketch(
