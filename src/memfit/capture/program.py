@@ -213,12 +213,12 @@ def _of_deepspeed(arguments: list[str]) -> Program:
 def _parse_arguments(
     parser: argparse.ArgumentParser, arguments: list[str], launcher: str
 ) -> argparse.Namespace:
-    told = io.StringIO()  # argparse's usage, which would name memfit as the program
+    usage = io.StringIO()  # of argparse, which would name memfit as the program
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(usage):
             return parser.parse_args(arguments)
     except SystemExit as error:
-        reason = told.getvalue().rpartition("error: ")[2].strip()
+        reason = usage.getvalue().rpartition("error: ")[2].strip()
         raise UserError(
             f"{launcher} does not accept the arguments {' '.join(arguments)}" + f": {reason}" * bool(reason),
             hint=f"`{launcher} --help` lists its options",

@@ -235,9 +235,10 @@ def _model_and_optimizer(source: Source) -> tuple[str, str]:
     calls = [
         n for n in ast.walk(source.tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
     ]
-    of = {name: [c for c in calls if name_of(c.func) == name] for name in ("step", "zero_grad", "parameters")}
-    owners = {name: {source.of(c.func.value) for c in found} for name, found in of.items()}  # type: ignore[attr-defined]
-    stepped = owners["step"] | {source.of(a) for c in of["step"] for a in c.args}
+    methods = ("step", "zero_grad", "parameters")
+    calls_of = {name: [c for c in calls if name_of(c.func) == name] for name in methods}
+    owners = {name: {source.of(c.func.value) for c in calls_of[name]} for name in methods}  # type: ignore[attr-defined]
+    stepped = owners["step"] | {source.of(a) for c in calls_of["step"] for a in c.args}
     pairs = set[tuple[str, str]]()
     for name, value in _assignments(source):
         argument = value.args[0] if isinstance(value, ast.Call) and value.args else None

@@ -232,9 +232,9 @@ def _inner_values(value: Any) -> Any:
 def _toml_line(text: str, error: str) -> str | None:
     """Return the line of the TOML text that an error of tomllib names, if it has a value that may have been
     misspelt: an assignment. Return None for another line, and if the error names none."""
-    found = re.search(r"\(at line (\d+), ", error)
-    lines = text.splitlines()
-    line = lines[int(found[1]) - 1].strip() if found and int(found[1]) <= len(lines) else ""
+    match, lines = re.search(r"\(at line (\d+), ", error), text.splitlines()
+    number = int(match[1]) if match else 0
+    line = lines[number - 1].strip() if 0 < number <= len(lines) else ""
     return line if re.match(r"[\w.-]+\s*=", line) else None
 
 
