@@ -444,3 +444,11 @@ def test_errors_of_sketches_are_taken_from_plans_that_divide_the_states_in_the_s
     traces = [estimated(sketches[0].plan, 40, 1.1), estimated(sketches[1].plan, 60, 2.0)]
     best_case = BestCaseEstimates(sketches, traces, CAP, Objective.FASTEST).of(sketches[2])
     assert best_case == pytest.approx((1.1 * 0.9, 40 * 0.97))
+
+
+def test_a_plan_may_be_as_good_as_one_that_only_divides_the_states_in_another_way() -> None:
+    uses = (use("fsdp2"), MIXED), (use("fsdp2", offload=True),), (use("fsdp2"),)
+    sketches = [estimated(Plan(uses=u, ranks=2), 40, 1.0, traced=False) for u in uses]
+    traces = [estimated(sketches[0].plan, 42, 2.2), estimated(sketches[1].plan, 44, 1.2)]
+    best_case = BestCaseEstimates(sketches, traces, CAP, Objective.FASTEST).of(sketches[2])
+    assert best_case == pytest.approx((1.2 * 0.9**0.5, 42 * 0.97))  # not 2.2, the ratio of mixed precision

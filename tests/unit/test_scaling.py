@@ -601,6 +601,16 @@ def test_gradient_accumulation_that_is_excluded_is_in_no_grid() -> None:
     assert max(pipelines) > 1  # a pipeline's micro-batches are its own
 
 
+@pytest.mark.parametrize("limit", [{"micro_batch": 2}, {"without": frozenset({"gradient-accumulation"})}, {}])
+def test_when_gradients_are_reduced_is_a_choice_only_if_a_step_has_several_micro_batches(
+    limit: dict[str, Any],
+) -> None:
+    limits = Limits(ranks=4, per_host=4, batch=8, blocks=2, device="cuda", pipeline=False, **limit)
+    uses = [u for grid in grids(limits) for state in grid.states for u in state]
+    choices = {u.settings["sync"] for u in uses if u.technique in ("ddp", "fsdp2")}
+    assert choices == ({"every"} if limit else {"every", "last"})
+
+
 def test_a_technique_that_cannot_be_traced_does_not_end_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

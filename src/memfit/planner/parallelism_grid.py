@@ -187,11 +187,14 @@ def grids(limits: Limits) -> Iterator[Grid]:
         layout_uses = layout.uses
         if layout.stages > 1:
             layout_uses = (*layout_uses, layout.pipeline(2))
-        states = _supported(_states(limits, layout, layout_uses), layout_uses, limits)
+        has_several = any(count > 1 for _, count in micro)
+        states = _supported(
+            _states(limits, layout, layout_uses, has_several=has_several), layout_uses, limits
+        )
         inside = _allowed(_inside(), layout_uses, limits)
         ends = _allowed(_ends(limits, layout), layout_uses, limits)
         away = _allowed([(), (_use("activation-offload", to="host"),)], layout_uses, limits)
-        accumulates = layout.stages == 1 and any(count > 1 for _, count in micro)
+        accumulates = layout.stages == 1 and has_several
         engine_uses = (
             *layout_uses,
             *((_use("gradient-accumulation", micro_batches=2),) if accumulates else ()),
@@ -355,9 +358,10 @@ def _ends(limits: Limits, layout: GridLayout) -> list[Uses]:
     return [(), *((_use("chunked-cross-entropy", chunks=n),) for n in (4, 16) if chunkable)]
 
 
-def _states(limits: Limits, layout: GridLayout, layout_uses: Uses) -> list[Uses]:
+def _states(limits: Limits, layout: GridLayout, layout_uses: Uses, *, has_several: bool) -> list[Uses]:
     """Return all combinations of data parallelism, precision and optimizer that the limits allow and that a
-    search may propose together and with ``layout_uses``, the layout's techniques.
+    search may propose together and with ``layout_uses``, the layout's techniques. ``has_several``: whether a
+    step may have several micro-batches.
 
     Whether two techniques conflict depends on these two only, so pairs are checked rather than whole
     combinations.
@@ -369,7 +373,7 @@ def _states(limits: Limits, layout: GridLayout, layout_uses: Uses) -> list[Uses]
     precisions += [(_use("bf16-parameters", rounding=r),) for r in ("master", "stochastic")]
     axes = [
         [u for u in axis if _is_allowed(u, limits) and _go_together(layout_uses, u)]
-        for axis in (_data(limits, layout), precisions, optimizers)
+        for axis in (_data(limits, layout, has_several=has_several), precisions, optimizers)
     ]
     data_options, precision_options, optimizer_options = axes
     precision_optimizer_matches = [[_go_together(p, o) for o in optimizer_options] for p in precision_options]
@@ -388,11 +392,11 @@ def _states(limits: Limits, layout: GridLayout, layout_uses: Uses) -> list[Uses]
     return states
 
 
-def _data(limits: Limits, layout: GridLayout) -> list[Uses]:
+def _data(limits: Limits, layout: GridLayout, *, has_several: bool) -> list[Uses]:
     data_ranks = layout.data * layout.context
     if data_ranks == 1:
         return [()]
-    syncs = ("every", "last") if limits.batch > layout.data else ("every",)
+    syncs = ("every", "last") if has_several else ("every",)  # with one micro-batch, both are the same
     # number of shards when one copy of the shards stays inside a host
     shards_per_host = max(1, limits.per_host // (layout.tensor * layout.context))
     replicas = sorted(

@@ -1,8 +1,8 @@
 """What whole traces may show of plans that were only sketched, judged by the plans of the search that were
 both sketched and traced.
 
-`may_fit_under` rests on all of them, for statements such as "no plan fits". `BestCaseEstimates` rests on the
-one that is most like the plan, to choose which plans are worth a trace.
+`may_fit_under` rests on all of them, for statements such as "no plan fits". `BestCaseEstimates` rests on
+those that are most like the plan, to choose which plans are worth a trace.
 """
 
 from __future__ import annotations
@@ -75,12 +75,13 @@ def sketch_errors(
 
 class BestCaseEstimates:
     """The best that whole traces of plans may show, by the sketches (estimates from traces of parts) and the
-    trace of the traced plan that is most like each of them.
+    traces of the traced plans that are most like each of them.
 
     Errors of sketches depend on the techniques: a ratio of trace to sketch is taken to hold for a plan with
     the same techniques, and to be up to 10 % lower in time and 3 % lower in memory for each technique that
-    only one of the two plans has; a technique with other settings counts half. Plans of the same kind (see
-    `kind`) are more alike than any others.
+    only one of the two plans has; a technique with other settings counts half. Two plans are most like the
+    sketched one: the one that differs in the fewest techniques, and the one that does so of those of the same
+    kind (see `kind`). The one that promises more counts.
     """
 
     def __init__(
@@ -98,18 +99,18 @@ class BestCaseEstimates:
         """Return (the lowest score by the goal, the least bytes of a device) that the trace of the sketch's
         plan may show: those of the sketch if no plan was both sketched and traced."""
         sketched_kind = kind(sketch.plan)
-        _, distance, score_ratio, need_ratio = min(
-            (
-                (kind(plan) != sketched_kind, _distance(sketch.plan, plan), *ratios)
-                for plan, *ratios in self._ratios
-            ),
-            default=(False, 0.0, 1.0, 1.0),
-        )
-        need = self.cap.needs(sketch) * need_ratio * _MEMORY_OPTIMISM**distance
+        likeness = [
+            (kind(plan) != sketched_kind, _distance(sketch.plan, plan), score_ratio, need_ratio)
+            for plan, score_ratio, need_ratio in self._ratios
+        ] or [(False, 0.0, 1.0, 1.0)]
+        nearest = min(likeness), min(likeness, key=lambda entry: entry[1:])
+        need_ratio = min(need * _MEMORY_OPTIMISM**distance for _, distance, _, need in nearest)
+        least_bytes = self.cap.needs(sketch) * need_ratio
         if self.goal is Objective.FEWEST:  # the number of devices is known
-            return score(sketch, self.goal), need
-        optimism = (_MEMORY_OPTIMISM if self.goal is Objective.SMALLEST else _TIME_OPTIMISM) ** distance
-        return score(sketch, self.goal) * score_ratio * optimism, need
+            return score(sketch, self.goal), least_bytes
+        optimism = _MEMORY_OPTIMISM if self.goal is Objective.SMALLEST else _TIME_OPTIMISM
+        score_ratio = min(ratio * optimism**distance for _, distance, ratio, _ in nearest)
+        return score(sketch, self.goal) * score_ratio, least_bytes
 
 
 def _distance(plan: Plan, other: Plan) -> float:
