@@ -18,6 +18,8 @@ Protocol, fixed in a commit before the first record:
 - Modules are compiled to bytecode before the first question, as an installation does. (Added on 2026-11-30
   at 15:12 UTC, after questions had been asked with PYTHONDONTWRITEBYTECODE set: each process then compiled
   500 modules anew.)
+- What this machine takes to train is asked of each job, too: its operators are timed then. (Added on
+  2026-12-01 at 19:35 UTC.)
 - A question that fails, or that the base cannot answer, stays in the record with its error.
 """
 
@@ -79,26 +81,26 @@ def _llama(name: str, rows: int, length: int, **plan: Any) -> Question:
     )
 
 
+JOBS = (
+    "alphafold2",
+    "protein-lm",
+    "char-lm",
+    "molecules",
+    "genome",
+    "weather",
+    "potential",
+    "segmentation3d",
+)
+
 QUESTIONS = (
     Question(name="--help", limit_s=0.3, arguments=("--help",)),
     Question(name="plan protein-ss, on this machine", limit_s=25, arguments=("plan", "protein-ss")),
+    *(Question(name=f"plan {job}, on this machine", limit_s=30, arguments=("plan", job)) for job in JOBS),
     Question(name="poc alphafold2", limit_s=360, arguments=("poc", "alphafold2", "--seeds", "1")),
     _plan("alphafold2", "--size", "initial", limit_s=60),
     _plan("alphafold2", "--size", "finetune", limit_s=90),
     _plan("protein-ss", limit_s=12, again="2GiB"),
-    *(
-        _plan(job, limit_s=30, again="2GiB")
-        for job in (
-            "alphafold2",
-            "protein-lm",
-            "char-lm",
-            "molecules",
-            "genome",
-            "weather",
-            "potential",
-            "segmentation3d",
-        )
-    ),
+    *(_plan(job, limit_s=30, again="2GiB") for job in JOBS),
     Question(
         name="trace of alphafold2 at its initial size, plain",
         limit_s=5,

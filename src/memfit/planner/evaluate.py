@@ -229,7 +229,11 @@ class Predictor:
         stored, is_known = self._stored(), "dependence" in self.__dict__
         if is_known or (stored is not None and stored.has("dependence", trial_limit_bytes())):
             return
-        counts = Counter(SketchPart(_forward_backward_plan(plan), 1) for plan in plans)
+        counts = Counter(
+            part
+            for plan in plans
+            for part in (SketchPart(_forward_backward_plan(plan), 1), self._composed_of(plan)[1][-1])
+        )
         sources = {part: self._mix_sources(*part) for part in counts}
         parts = [part for part in counts if sources[part] is None and not self._load_part(*part)]
         source_plans = {plan for plans_of_part in sources.values() for plan in plans_of_part or ()}
@@ -615,12 +619,11 @@ class Predictor:
         """Trace, in parallel, the parts that the sketches of ``plans`` are composed from and that are not
         cached.
 
-        The order is such that a deadline leaves out what matters least: parts with chunking come last, those
-        with the first setting of each technique first, and of these, the parts of the most plans. Parts in
-        which some blocks are recomputed are put together from others (`compose`). ``progress(done, count,
-        label)`` is called whenever a trace begins or ends, with the numbers of finished and of all parts, and
-        the label of a part's plan. Raises TimeUp if the deadline passes before all parts are traced; the
-        caller then calls `compose`.
+        The order is such that a deadline leaves out what matters least (`_in_order`). Parts in which some
+        blocks are recomputed are put together from others (`compose`). ``progress(done, count, label)`` is
+        called whenever a trace begins or ends, with the numbers of finished and of all parts, and the label
+        of a part's plan. Raises TimeUp if the deadline passes before all parts are traced; the caller then
+        calls `compose`.
         """
         plans = list(plans)
         counts = Counter(part for composed_plan in plans for part in self._composed_of(composed_plan)[1])
@@ -646,9 +649,10 @@ class Predictor:
     def _in_order(
         self, parts: Iterable[SketchPart], plans: Iterable[Plan], counts: Mapping[SketchPart, int]
     ) -> list[SketchPart]:
-        """Return the parts in the order in which they are traced: those with chunking last; of the others
-        those with the fewest techniques in another than their first setting first; of these, the parts of the
-        most plans first. The first setting of a technique is the one in the first of ``plans`` that has it.
+        """Return the parts in the order in which they are traced: updates that need no pass before them
+        first, as they are quick and every sketch needs one; parts with chunking last; of the others those
+        with the fewest techniques in another than their first setting first; of these, the parts of the most
+        plans first. The first setting of a technique is the one in the first of ``plans`` that has it.
         ``counts``: number of the plans with a part."""
         first = dict[str, Use]()
         for u in (u for plan in plans for u in plan.uses):
@@ -656,6 +660,7 @@ class Predictor:
         return sorted(
             parts,
             key=lambda part: (
+                part.steps == 1 or not self._updates_need_no_pass(part.plan),
                 SLOW_TO_TRACE in part.plan,
                 sum(u != first.get(u.technique, u) for u in part.plan.uses),
                 -counts[part],
