@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,8 +28,9 @@ from memfit.cost.recompute_replay import Replay, replay
 from memfit.jobs.training_step import TrainingStep
 from memfit.planner import recompute_budget
 from memfit.planner.capacity import needed_bytes
+from memfit.planner.evaluate import Predictor
 from memfit.planner.recompute_budget import choose_tensors, nominal_s
-from memfit.planner.request import Request, make_predictor
+from memfit.planner.request import Request, job_facts, make_predictor
 from memfit.planner.search import search
 from memfit.planner.selection import Objective, score
 from memfit.techniques.plan_file import plan_text, read_plan
@@ -309,6 +312,42 @@ def test_the_smallest_choice_found_is_used_where_the_solver_returns_none(
     assert found <= (least_mib + 1) * 2**20
     with pytest.raises(UserError, match=f"at least {least_mib} MiB"):
         choose_tensors(wide, asked(least_mib - 1))
+
+
+def test_a_quick_choice_is_within_the_budget_and_does_not_look_for_the_smallest_one(
+    wide: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = memory_profile(trace(wide, Plan()), Calibration()).peak_bytes
+    budget_mib = int(0.7 * plain / 2**20)
+    plan = choose_tensors(wide, asked(budget_mib), quickly=True)
+    assert memory_profile(trace(wide, plan), Calibration()).peak_bytes <= budget_mib * 2**20
+    monkeypatch.setattr(recompute_budget, "smallest", None)  # calling it would fail
+    with pytest.raises(UserError, match="a budget of 1 MiB; `memfit estimate`"):
+        choose_tensors(wide, asked(1), quickly=True)
+
+
+def test_in_a_search_forked_processes_choose_tensors_quickly(wide: Job) -> None:
+    predictor = Predictor(job=wide, machine=machine("A100-80GB-SXM"), job_facts=job_facts(wide, "cuda"))
+    predictor.trace_all([Plan(), Plan(uses=(make_use("adamw-fused", {}),))])  # forks the processes
+    predictor.is_searching = True
+    with pytest.raises(UserError, match="a budget of 1 MiB; `memfit estimate`"):
+        predictor.resolve(asked(1))
+
+
+def test_what_the_solver_prints_is_not_in_the_output(
+    wide: Job, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = scipy.optimize.milp
+
+    def prints(*given: Any, **how: Any) -> Any:
+        ctypes.CDLL(None).puts(b"a line of the solver")
+        return solved(*given, **how)
+
+    monkeypatch.setattr(scipy.optimize, "milp", prints)
+    plain = memory_profile(trace(wide, Plan()), Calibration()).peak_bytes
+    choose_tensors(wide, asked(int(0.7 * plain / 2**20)))
+    print("afterwards", flush=True)
+    assert capfd.readouterr().out == "afterwards\n"
 
 
 def test_training_refuses_a_plan_whose_tensors_are_not_chosen_yet() -> None:

@@ -12,18 +12,39 @@ tensor.)
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import os
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy
 
 from memfit.cost.recompute_replay import Candidate, Replay
 
-_WINDOW = 24  # a tensor may be recomputed up to this many first needs before its own
 _ROUNDS = 6
-GAP_RATIO = 0.003
 _STEPS_UP = (0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)  # steps from the lower bound to the plain peak
-_NODES = 400  # node limit of the branch and bound; a time limit would not be deterministic
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How hard the solver tries.
+
+    ``gap_ratio``: it may stop when its solution takes at most this much more time than the proven lower
+    bound, relative to the bound. ``window``: a tensor may be recomputed up to this many first needs before
+    its own. ``nodes``: limit on the nodes of the branch and bound; a limit on time would not be
+    deterministic.
+    """
+
+    gap_ratio: float = 0.003
+    window: int = 24
+    nodes: int = 400
+
+
+THOROUGH, QUICK = Effort(), Effort(gap_ratio=0.05, window=8, nodes=20)
+_ANY = Effort(gap_ratio=1.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +60,15 @@ class RecomputeChoice:
     cost_s: float
 
 
-def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) -> RecomputeChoice | None:
+def solve(replay: Replay, budget_bytes: int, *, effort: Effort = THOROUGH) -> RecomputeChoice | None:
     """Choose tensors to drop so that the peak by ``replay`` is at most ``budget_bytes`` and recomputation
     takes least time. Return the fastest choice within the budget that an integer program finds in up to six
     rounds, corrected by a replay after each; None if it finds none.
-
-    ``gap_ratio``: the solver may stop when its solution takes at most this much more time than the proven
-    lower bound, relative to the bound.
     """
-    program = _Program(replay)
+    program = _Program(replay, effort)
     choices: list[RecomputeChoice] = []
     for _ in range(_ROUNDS):
-        dropped = program.dropped(budget_bytes, gap_ratio)
+        dropped = program.dropped(budget_bytes)
         if dropped is None:
             break
         choice = refine_choice(replay, _choice(replay, dropped), budget_bytes)
@@ -68,9 +86,9 @@ def smallest(replay: Replay) -> RecomputeChoice:
     first choice that `solve` finds is returned; if it finds none, the choice that drops nothing.
     """
     plain = _choice(replay, frozenset())
-    lower_bound = _Program(replay).lowest_bytes()
+    lower_bound = _Program(replay, _ANY).lowest_bytes()
     for share in _STEPS_UP:
-        choice = solve(replay, int(lower_bound + share * (plain.peak_bytes - lower_bound)), gap_ratio=1.0)
+        choice = solve(replay, int(lower_bound + share * (plain.peak_bytes - lower_bound)), effort=_ANY)
         if choice is not None:
             return choice
     return plain
@@ -98,16 +116,32 @@ def refine_choice(replay: Replay, choice: RecomputeChoice, budget_bytes: int) ->
     return choice
 
 
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Discard what C code writes to standard output: some versions of HiGHS print a line of their own there,
+    in the middle of the caller's output."""
+    own, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    try:
+        os.dup2(null, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(own, 1)
+        os.close(own)
+        os.close(null)
+
+
 class _Program:
     """The integer program of one replay.
 
     Its columns are, in this order: for each candidate whether it is dropped; for each call whether it runs
-    again; for each candidate whether it is still absent, at each of the up to 24 clocks before its own first
-    need in backward at which another candidate is first needed; and the peak.
+    again; for each candidate whether it is still absent, at each of the clocks of ``effort.window`` before
+    its own first need in backward at which another candidate is first needed; and the peak.
     """
 
-    def __init__(self, replay: Replay) -> None:
-        self.replay = replay
+    def __init__(self, replay: Replay, effort: Effort) -> None:
+        self.replay, self.effort = replay, effort
         self.index = {c.number: i for i, c in enumerate(replay.candidates)}
         self.events = sorted({c.first_need for c in replay.candidates})
         self.place = {clock: k for k, clock in enumerate(self.events)}
@@ -117,7 +151,7 @@ class _Program:
         column = len(self.index) + len(calls)
         for c in replay.candidates:
             need_index = self.place[c.first_need]
-            for k in range(max(0, need_index - _WINDOW), need_index):
+            for k in range(max(0, need_index - self.effort.window), need_index):
                 self.absent[c.number, k] = column
                 column += 1
         self.peak, self.width = column, column + 1
@@ -132,7 +166,7 @@ class _Program:
             drop_column = self.index[c.number]
             self.rows += [({drop_column: 1.0, self.call[k]: -1.0}, 0.0) for k in c.calls]
             need_index = self.place[c.first_need]
-            first_index = max(0, need_index - _WINDOW)
+            first_index = max(0, need_index - self.effort.window)
             previous_column = drop_column
             for k in range(first_index, need_index):
                 self.rows.append(({self.absent[c.number, k]: 1.0, previous_column: -1.0}, 0.0))
@@ -150,7 +184,7 @@ class _Program:
             self.place[source.first_need],
             self.place[candidate.first_need],
         )
-        first_index = max(0, source_need - _WINDOW)
+        first_index = max(0, source_need - self.effort.window)
         if candidate_need < first_index:
             self.rows.append(({drop_column: 1.0, self.index[source.number]: 1.0}, 1.0))
         for k in range(first_index, min(source_need, candidate_need + 1)):
@@ -191,13 +225,10 @@ class _Program:
                 row[self.index[c.number] if column is None else column] = -float(c.size_bytes)
         return row
 
-    def dropped(self, budget_bytes: int, gap_ratio: float) -> frozenset[int] | None:
+    def dropped(self, budget_bytes: int) -> frozenset[int] | None:
         """Return the numbers of the candidates that are dropped in the program's solution of least
-        recomputation time; None if the solver finds no solution for ``budget_bytes`` within its limit of 400
+        recomputation time; None if the solver finds no solution for ``budget_bytes`` within its limit of
         nodes.
-
-        ``gap_ratio``: the solver may stop when the solution takes at most this much more time than the proven
-        lower bound, relative to the bound.
         """
         seconds = numpy.zeros(self.width)
         total = sum(self.replay.seconds[k] for k in self.call) or 1.0
@@ -208,7 +239,7 @@ class _Program:
             peak = level + self.temporary_bytes[instant]
             if peak > budget_bytes:
                 rows.append((self._row(instant), float(budget_bytes - peak)))
-        solution = self._solve(rows, seconds, gap_ratio)
+        solution = self._solve(rows, seconds)
         if solution is None:
             return None
         return frozenset(n for n, i in self.index.items() if solution[i] > 0.5)
@@ -221,7 +252,7 @@ class _Program:
         objective = numpy.zeros(self.width)
         objective[self.peak] = 1.0
         rows = [({**self._row(instant), self.peak: -unit}, -float(level)) for instant, level in self.instants]
-        solution = self._solve(rows, objective, None)
+        solution = self._solve(rows, objective, is_integral=False)
         assert solution is not None
         return int(solution[self.peak] * unit)
 
@@ -229,13 +260,14 @@ class _Program:
         self,
         extra_rows: list[tuple[dict[int, float], float]],
         objective: numpy.ndarray,
-        gap_ratio: float | None,
+        *,
+        is_integral: bool = True,
     ) -> numpy.ndarray | None:
         """Return the values of all columns that minimise ``objective`` (one coefficient for each column), or
         None if no solution is found.
 
-        ``extra_rows``: additional rows, (coefficient by column, upper bound), in bytes. ``gap_ratio``:
-        relative optimality gap; None: fractions are allowed in all columns.
+        ``extra_rows``: additional rows, (coefficient by column, upper bound), in bytes. ``is_integral``: a
+        candidate is dropped or not; False: it may be dropped in part.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
@@ -250,14 +282,18 @@ class _Program:
             shape=(len(rows), self.width),
         )
         integrality = numpy.zeros(self.width)
-        integrality[: len(self.index)] = gap_ratio is not None
-        result = milp(
-            objective,
-            integrality=integrality,
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, ub=[limit for _, limit in rows]),
-            options={"mip_rel_gap": gap_ratio or 0.0, "node_limit": _NODES},
-        )
+        integrality[: len(self.index)] = is_integral
+        with _quiet_stdout():
+            result = milp(
+                objective,
+                integrality=integrality,
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(matrix, ub=[limit for _, limit in rows]),
+                options={
+                    "mip_rel_gap": self.effort.gap_ratio * is_integral,
+                    "node_limit": self.effort.nodes,
+                },
+            )
         return None if result.x is None else numpy.asarray(result.x)
 
     def learn(self, dropped: frozenset[int], budget_bytes: int) -> bool:

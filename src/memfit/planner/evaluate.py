@@ -44,7 +44,6 @@ from memfit.cost.host import HostTensors
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO
 from memfit.cost.op_time import TimeModel, nominal_s, step_basis, time_model
-from memfit.cost.recompute_ilp import GAP_RATIO
 from memfit.cost.step_time import host_bytes_s, simulate_step, sketched_s
 from memfit.cost.step_time_calibration import factor
 from memfit.engines.registry import engine
@@ -155,7 +154,7 @@ class Predictor:
     traces: MutableMapping[tuple[Plan, int], Trace] = dataclasses.field(default_factory=Traces)
     part_digests: dict[PartKey, PartDigest] = dataclasses.field(default_factory=dict)
     choices: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
-    gap_ratio: float = GAP_RATIO  # optimality gap of the recomputation chosen under a budget
+    is_searching: bool = False  # whether tensors to recompute are chosen quickly (`choose_tensors`)
     # reserved over allocated bytes of the plain plan, once traced
     reserved_ratio: float = ASSUMED_RESERVED_RATIO
     stored: StoredPredictions | None = None
@@ -309,12 +308,15 @@ class Predictor:
     def _choose(self, plan: Plan) -> Plan | UserError:
         """Return what `choose_tensors` returns or raises: what is on disk, or else what a forked process
         finds, in which packages import faster (`trace`)."""
-        facts = (self.trace_kind, self.gap_ratio, self._prediction_digest(), plan.fingerprint)
+        facts = (self.trace_kind, self.is_searching, self._prediction_digest(), plan.fingerprint)
         stored, kind = self._stored(), "chosen tensors"
         known: Plan | None = stored.read(Plan, kind, *facts) if stored is not None else None
         if known is not None:
             return known
-        call = functools.partial(self._choice_outcome, plan, self.model, self.calibration)
+        # The forked processes have their own copies of what may have changed since they were forked.
+        call = functools.partial(
+            self._choice_outcome, plan, self.model, self.calibration, quickly=self.is_searching
+        )
         with pause_gc():
             outcome = run_parallel([call], workers=self._forked_workers(), deadline=self.deadline)[0]
         choice: Plan | UserError = outcome.value
@@ -322,7 +324,9 @@ class Predictor:
             stored.write(choice, kind, *facts)
         return choice
 
-    def _choice_outcome(self, plan: Plan, model: TimeModel | None, calibration: Calibration) -> CallOutcome:
+    def _choice_outcome(
+        self, plan: Plan, model: TimeModel | None, calibration: Calibration, *, quickly: bool
+    ) -> CallOutcome:
         def choice() -> Plan | UserError:
             try:
                 return choose_tensors(
@@ -331,7 +335,7 @@ class Predictor:
                     device=self.trace_kind,
                     seconds=model.op_s if model else nominal_s,
                     calibration=calibration,
-                    gap_ratio=self.gap_ratio,
+                    quickly=quickly,
                 )
             except UserError as error:
                 return error

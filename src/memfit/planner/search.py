@@ -72,7 +72,6 @@ _NOT_A_CHAIN = (
     "searched"
 )
 _OTHER_SPLITS = "another number of micro-batches"
-_GAP_RATIO = 0.05  # optimality gap in a search, where a better answer takes longer than it saves
 
 
 def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:
@@ -155,7 +154,7 @@ def _search_with(
     test_dependence(predictor, request, deadline, progress)
     request, unsearched = _split_as_it_is(request, predictor, unsearched)
     request = with_steps_of(request, job)
-    predictor.gap_ratio = _GAP_RATIO
+    predictor.is_searching = True
     cap_bytes, cap_reason = _cap(request, baseline, job.demonstration_ratio, demonstrates=must_run)
     with one_operator_timer(predictor, request):
         if request.is_here:
