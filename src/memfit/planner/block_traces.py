@@ -19,6 +19,7 @@ from memfit.model.blocks import attribute_period, child_prefix, find_blocks, fin
 from memfit.model.tensors import tensor_leaves
 from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, update_costs_of
 from memfit.planner.parallelism_grid import Uses
+from memfit.techniques.base import OptimizerLike
 from memfit.techniques.parallel.axial_parallel import axial_modules
 from memfit.techniques.parallel.expert_parallel import count_experts, find_mixtures
 from memfit.techniques.registry import make_use
@@ -260,10 +261,15 @@ def _elements(blocks: Sequence[torch.nn.Module]) -> int:
 
 
 class _WithoutAveraging(TrainingStep):
-    """A training step that does not apply ddp. Small traces of expert-parallel plans have ddp only because
-    its ranks see different samples; averaging gradients is no part of the costs of a piece."""
+    """A training step that does not average gradients over ranks: the ranks of ddp, which small traces of
+    expert-parallel plans have only because its ranks see different samples, and those that share a sample.
+    Data parallelism does both in the plans that are composed of these traces, where it is added."""
 
     carried = frozenset({"ddp"})
+
+    def _prepare(self) -> OptimizerLike:
+        self.bench.before_micro_batch.clear()  # context- and axial-parallel would begin to average there
+        return super()._prepare()
 
 
 def _experts(model: torch.nn.Module, job: Job, path: str, blocks: int) -> tuple[int, float]:

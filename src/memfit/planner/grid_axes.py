@@ -84,14 +84,19 @@ def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array
     size of ``sizes``.
 
     ``parts``: those for one sample and, if it is known, for two. The number lies on the line through these,
-    and is at least 0. If only that for one sample is known, it is proportional to the size.
+    and is at least 0. If only that for one sample is known, it is proportional to the size. Seconds are at
+    least the size times those that each sample adds in a large micro-batch.
     """
-    single_value = float(getattr(getattr(parts[0], which), field))
+    single = getattr(parts[0], which)
+    single_value = float(getattr(single, field))
     if len(parts) == 1:
         return single_value * sizes
     double_value = float(getattr(getattr(parts[1], which), field))
     slope = (double_value - single_value) / (_MICRO_SIZES[1] - _MICRO_SIZES[0])
-    value: Array = numpy.maximum(single_value + slope * (sizes - _MICRO_SIZES[0]), 0.0)
+    least = sizes * {"forward_s": single.forward_sample_s, "backward_s": single.backward_sample_s}.get(
+        field, 0
+    )
+    value: Array = numpy.maximum(single_value + slope * (sizes - _MICRO_SIZES[0]), least)
     return value
 
 

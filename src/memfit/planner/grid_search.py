@@ -492,10 +492,13 @@ class _GridPredictor:
 
         def piece(cut: LayoutCut, which: str) -> PartCosts:
             base: PartCosts = getattr(cut.parts, which)
+            more_s = [seconds(cuts[-1], which, way) - seconds(cuts[0], which, way) for way in (0, 1)]
             return dataclasses.replace(
                 base,
                 forward_s=base.forward_s + seconds(cut, which, 0),
                 backward_s=base.backward_s + seconds(cut, which, 1),
+                forward_sample_s=base.forward_sample_s and base.forward_sample_s + more_s[0],
+                backward_sample_s=base.backward_sample_s and base.backward_sample_s + more_s[1],
             )
 
         return [

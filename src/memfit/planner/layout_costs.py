@@ -81,6 +81,7 @@ class Composer:
         if self.context > 1:
             for uses in ((), (_FULL,)):
                 yield self._key(uses=uses, context=self.context)
+                yield self._key(uses=uses, context=self.context, samples=self._many_samples)
         if self.experts > 1:
             yield from self._expert_keys(inside, computes)
 
@@ -96,7 +97,7 @@ class Composer:
         if period > 1:
             other_uses = tuple(u for u in uses if u.technique != _FULL.technique)
             single = _mix(single, self._compose(layout, compute, other_uses, self.vocabulary), period)
-        return [single, self._twice(single, layout.experts)]
+        return [single, self._twice(single, layout)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
         """Return [parts for one sample in a micro-batch, parts for two] under a layout. Only their pieces
@@ -107,7 +108,7 @@ class Composer:
         """
         layout = dataclasses.replace(layout, experts=1)  # experts are in the blocks
         single = self._compose(layout, compute, uses, layout.vocabulary)
-        return [single, self._twice(single, 1)]
+        return [single, self._twice(single, layout)]
 
     @functools.cache  # noqa: B019  lives as long as one search
     def update_costs(self, uses: Uses) -> UpdateCosts:
@@ -124,6 +125,7 @@ class Composer:
         context: int = 1,
         vocabulary: str = "",
         compute: str = "",
+        samples: int = 1,
         experts: int = 1,
     ) -> Key:
         vocabulary = vocabulary or (self.vocabulary if tensor > 1 else "whole")
@@ -134,9 +136,15 @@ class Composer:
             context=context,
             compute=compute or self.compute,
             uses=uses,
-            samples=1,
+            samples=samples,
             experts=experts,
         )
+
+    @property
+    def _many_samples(self) -> int:
+        """The samples of a micro-batch of which a context-parallel rank has as many tokens as one sample has,
+        so that its kernels have as much work as without context parallelism."""
+        return min(self.context, self.traced.job.batch_size)
 
     def _expert_keys(self, inside: Sequence[Uses], computes: Sequence[str]) -> Iterator[Key]:
         for uses in {_traceable(u) for u in (*inside, ())}:
@@ -181,7 +189,10 @@ class Composer:
                 self._key(uses=matching_uses, context=self.context),
             )
             context_travel = _travel(self._parts(cut_key), 1 / layout.tensor)
-            parts = _scale(parts, uncut_parts, self._parts(cut_key), _weight(layout.context, self.context))
+            weight, many = _weight(layout.context, self.context), self._many_samples
+            many_parts = self._parts(dataclasses.replace(cut_key, samples=many))
+            large_parts = _scale(parts, uncut_parts, many_parts, weight, share=1 / many)
+            parts = _with_sample_times(_scale(parts, uncut_parts, self._parts(cut_key), weight), large_parts)
         return LayoutCut(
             parts=parts,
             tensor_travel=tensor_travel,
@@ -209,15 +220,17 @@ class Composer:
             return dataclasses.replace(most_cut_parts, before=ends.before, after=ends.after)
         return most_cut_parts
 
-    def _twice(self, single: LayoutCut, experts: int) -> LayoutCut:
+    def _twice(self, single: LayoutCut, layout: GridLayout) -> LayoutCut:
         """Return the parts for two samples in a micro-batch, computed from those for one.
 
         Times do not double: they are multiplied by the ratio that traces of two samples and of one have
-        without other techniques. Of the memory and FLOPs, what does not grow with the number of samples, such
-        as gradients and cast weights, is taken from the same two traces; the rest doubles. Parameters stay
-        the same, and the collectives' bytes double. ``experts``: the degree of expert parallelism.
+        without other techniques. With context parallelism they stay the same: the kernels of so small a part
+        of one sample take as long with more work, until the seconds of `_with_sample_times` are more. Of the
+        memory and FLOPs, what does not grow with the number of samples, such as gradients and cast weights,
+        is taken from the same two traces; the rest doubles. Parameters stay the same, and the collectives'
+        bytes double.
         """
-        double_key = self._double_key(experts)
+        double_key = self._double_key(layout.experts)
         double_parts = self._parts(double_key)
         plain_parts = self._parts(dataclasses.replace(double_key, samples=1))
 
@@ -234,7 +247,8 @@ class Composer:
                 values[name] = max(value, 2 * value - fixed)
             if a.forward_s and a.backward_s:  # seconds do not grow linearly
                 for name in ("forward_s", "backward_s"):
-                    values[name] = getattr(piece, name) * getattr(b, name) / getattr(a, name)
+                    growth = 1.0 if layout.context > 1 else getattr(b, name) / getattr(a, name)
+                    values[name] = getattr(piece, name) * growth
             values["parameter_bytes"] = piece.parameter_bytes
             return dataclasses.replace(piece, **values)
 
@@ -261,9 +275,9 @@ def _weight(degree: int, largest_degree: int) -> float:
     return (1 - 1 / degree) / (1 - 1 / largest_degree)
 
 
-def _scale(parts: Parts, denominator: Parts, numerator: Parts, weight: float) -> Parts:
-    """Return ``parts`` with each number multiplied by the ratio of the same number in ``numerator`` to that
-    in ``denominator``.
+def _scale(parts: Parts, denominator: Parts, numerator: Parts, weight: float, *, share: float = 1.0) -> Parts:
+    """Return ``parts`` with each number multiplied by the ratio of the same number in ``numerator``, times
+    ``share``, to that in ``denominator``.
 
     ``weight``: the share of this change that is applied; 1 all of it, 0 none. A number that is 0 in
     ``denominator`` is not scaled.
@@ -277,9 +291,22 @@ def _scale(parts: Parts, denominator: Parts, numerator: Parts, weight: float) ->
         values = {}
         for name in NUMBERS:
             denominator_value = getattr(denominator_piece, name)
-            ratio = getattr(numerator_piece, name) / denominator_value if denominator_value > 0 else 1.0
+            value = getattr(numerator_piece, name) * share
+            ratio = value / denominator_value if denominator_value > 0 else 1.0
             values[name] = getattr(base_piece, name) * (1 + (ratio - 1) * weight)
         return dataclasses.replace(base_piece, **values)
+
+    return Parts(before=piece("before"), block=piece("block"), after=piece("after"))
+
+
+def _with_sample_times(parts: Parts, large_parts: Parts) -> Parts:
+    """Return ``parts`` with the seconds of ``large_parts`` as those that each sample adds in a large
+    micro-batch."""
+
+    def piece(which: str) -> PartCosts:
+        large: PartCosts = getattr(large_parts, which)
+        own: PartCosts = getattr(parts, which)
+        return dataclasses.replace(own, forward_sample_s=large.forward_s, backward_sample_s=large.backward_s)
 
     return Parts(before=piece("before"), block=piece("block"), after=piece("after"))
 
@@ -340,6 +367,7 @@ def _mix(recomputed: LayoutCut, plain: LayoutCut, period: int) -> LayoutCut:
     block = dataclasses.replace(
         recomputed_block,
         backward_s=mean("backward_s"),
+        backward_sample_s=mean("backward_sample_s"),
         kept_bytes=mean("kept_bytes"),
         flops=mean("flops"),
         forward_top_bytes=max(recomputed_block.forward_top_bytes, plain_block.forward_top_bytes),

@@ -16,6 +16,8 @@ class PartCosts:
     They are for one rank, with nothing sharded over data-parallel ranks. ``forward_s`` and ``backward_s`` are
     the seconds of its operators; the time of collectives is added to them later. ``forward_travel``,
     ``backward_travel``: the collectives that the piece's forward and backward wait for.
+    ``forward_sample_s``, ``backward_sample_s``: the seconds that each sample adds in a large micro-batch, if
+    that was traced apart, else 0.
     """
 
     forward_s: float
@@ -27,6 +29,8 @@ class PartCosts:
     flops: float
     forward_travel: Travel = ()
     backward_travel: Travel = ()
+    forward_sample_s: float = 0.0
+    backward_sample_s: float = 0.0
 
 
 NUMBERS = (
