@@ -1,7 +1,7 @@
 """How far are the step times of sketches, which are composed from small traces, from those of whole traces?
 
-    python benchmarks/sketch_ratios.py [--only WORD] [--minutes M]     trace, record, write the page
-    python benchmarks/sketch_ratios.py --page                          the page only
+    python benchmarks/sketch_ratios.py [--only WORD] [--family WORD] [--minutes M]   trace, record, page
+    python benchmarks/sketch_ratios.py --page                                        the page only
 
 A search for many devices sketches every plan and traces few. Of the others it says how much better one could
 still be. For a way of dividing the work of which it traced no plan, that rests on the ratios measured here
@@ -14,8 +14,8 @@ Protocol, fixed in a commit before the first run:
   with a kind of data parallelism. Of each family, plans are drawn at random (seed 12) from those that the
   search keeps (`GridSketches.picks`), whose sketch fits the device and is at most 1.5 times as long as the
   shortest that fits: 3 of each family, the shortest one of the family among them.
-- Each is traced whole. The ratio is the trace's step time over the sketch's. A plan that cannot be traced stays
-  in the record with its error.
+- Each is traced whole. The ratio is the trace's step time over the sketch's. A plan that cannot be traced
+  stays in the record with its error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,16 @@ def drawn(predictor: MultiDevicePredictor, ranks: int) -> Iterator[Sketch]:
         yield from (*near[:1], *others)
 
 
-def measure(case: tuple[str, int, int, str], until_s: float) -> Iterator[dict[str, Any]]:
-    """Yield one record for each plan that is traced."""
+def measure(
+    case: tuple[str, int, int, str], technique: str, known: Collection[str], until_s: float
+) -> Iterator[dict[str, Any]]:
+    """Yield one record for each plan that is traced. ``technique``: one that its family must have; "": any.
+    ``known``: labels of plans that are left out."""
     predictor = predictor_of(*case)
     ranks = machine(case[3]).device_count
     for sketch in drawn(predictor, ranks):
+        if sketch.plan.label in known or (technique and technique not in family(sketch.plan.uses)):
+            continue
         if time.monotonic() > until_s:
             return
         record: dict[str, Any] = {"case": list(case), "family": list(family(sketch.plan.uses))}
@@ -115,7 +120,8 @@ def page(records: list[Mapping[str, Any]]) -> str:
         "# How far step times of sketches are from those of whole traces",
         "",
         "Written by `python benchmarks/sketch_ratios.py`, whose docstring is the protocol, from",
-        "`benchmarks/records/sketch_ratios.jsonl`. Ratio: step time by the whole trace over that by the sketch.",
+        "`benchmarks/records/sketch_ratios.jsonl`. Ratio: step time by the whole trace over that by the",
+        "sketch.",
         "",
         "| divides the model | data parallelism | models | plans | failed | lowest | median | highest |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
@@ -141,14 +147,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="a part of the names of the jobs or machines to run")
+    parser.add_argument("--family", default="", help="a technique that the families to run must have")
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args()
     until_s = time.monotonic() + arguments.minutes * 60
     records = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
     for case in () if arguments.page else CASES:
-        if arguments.only in f"{case[0]} {case[3]}" and not any(r["case"] == list(case) for r in records):
-            for record in measure(case, until_s):
+        if arguments.only in f"{case[0]} {case[3]}":
+            known = {r["plan"] for r in records if r["case"] == list(case)}
+            for record in measure(case, arguments.family, known, until_s):
                 records.append(record)
                 with RECORD.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
