@@ -499,6 +499,8 @@ def _frames(**changes: Any) -> dict[str, Any]:
         ({"molecule": [0.0, 0.0, 1.0, 1.0]}, "not whole numbers"),
         ({"numbers": [[8, 1, 1], [6, -1, 0]]}, "numbers are not atomic numbers"),
         ({"energy": [1.0, 2.0]}, r"energy has the shape \(2,\), not \(4,\)"),
+        ({"energy": ["a", "b", "c", "d"]}, "energy has values that are not finite real numbers"),
+        ({"positions": np.full((4, 3, 3), np.nan)}, "positions has values that are not finite real numbers"),
         ({"forces": np.zeros((4, 2, 3))}, r"forces has the shape \(4, 2, 3\), not \(4, 3, 3\)"),
     ],
 )

@@ -78,6 +78,9 @@ STEPS = {"scheduler": DECAY | {"params": {"total_num_steps": "auto"}}}
         ((mg("--attention-backend flash --tensor-model-parallel-size $TP"),), None),
         ((tt(parallelism={"pipeline_parallel_schedule": "interleaved1f1b"}),), None),
         ((tt(encoder={"my_own": 1}, training={"batch_size": 8, "tensor_parallel_degree": 2}),), None),
+        ((acc("NO", num_processes=16, num_machines="${NODES}"),), None),  # known only at run time
+        ((acc("MULTI_GPU", gpu_ids="0,1", num_processes=4, num_machines="${NODES}"),), None),
+        ((ds(**zero(2), pipeline={"stages": 2}), mg("--pipeline-model-parallel-size $PP")), None),
     ],
 )
 def test_valid_configurations_have_no_findings(
@@ -86,3 +89,9 @@ def test_valid_configurations_have_no_findings(
     for name, text in files:
         (tmp_path / name).write_text(text)
     assert check(read([tmp_path / name for name, _ in files], ranks=ranks)) == ()
+
+
+def test_a_bucket_whose_size_is_known_only_at_run_time_is_no_finding(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(ds(**zero(2, reduce_bucket_size="${BUCKET}"))[1])
+    assert check(read([path], parameters=1_000_000)) == ()

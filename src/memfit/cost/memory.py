@@ -206,7 +206,8 @@ def _repeated(trace: Trace) -> tuple[PhaseSpan, ...]:
     that were not traced.
 
     They are the trace's ``repeated_spans``; if it has none, the last forward and the last backward of the
-    last step. In a pipeline, spans of other micro-batches may lie between them.
+    last step, or () if that step has neither. In a pipeline, spans of other micro-batches may lie between
+    them. They are returned even if all micro-steps were traced.
     """
     if trace.repeated_spans:
         return trace.repeated_spans

@@ -116,7 +116,7 @@ class TrainingWork(_Strict):
     ``steps_per_run``: optimizer steps. ``years``: how many years the training goes on, 1 to 20.
     ``utilisation_ratio``: share of a year in which a machine can be busy, above 0 and at most 1. What is
     unset is the catalog's default; without ``longest_run_hours`` a run may take any time, and without
-    ``value_per_run`` its worth is unknown.
+    ``value_per_run``, in the currency of the case, its worth is unknown.
     """
 
     steps_per_run: Whole | None = None
@@ -201,8 +201,8 @@ class Existing(OwnedMachine):
 class Purchase(OwnedMachine):
     """The section [purchase]: a machine to buy.
 
-    ``price``: of one machine with all its devices, without tax; if unset, the catalog's, and needed if it has
-    none.
+    ``price``: of one machine with all its devices, without tax, in the currency of the case; if unset, the
+    catalog's, and needed if it has none.
     """
 
     price: CaseValue | None = None
@@ -211,8 +211,9 @@ class Purchase(OwnedMachine):
 class Cloud(ExistingMachine):
     """The section [cloud]: a machine to rent.
 
-    ``per_hour``: price of one machine with all its devices, without tax; if unset, the catalog's, and needed
-    if it has none. ``storage_per_month``: price per month of storing the data, without tax; 0 if unset.
+    ``per_hour``: price of one machine with all its devices for one hour; if unset, the catalog's, and needed
+    if it has none. ``storage_per_month``: price per month of storing the data; 0 if unset. Both prices are
+    without tax, in the currency of the case.
     """
 
     per_hour: CaseValue | None = None

@@ -182,7 +182,7 @@ def _sequence(place: LoopPlace, statements: Statements, *, is_whole: bool) -> Up
     if is_whole and len(removed) + 2 != len(statements):
         raise UserError(
             "a branch of an if that runs backward has statements other than backward, clipping of gradients, "
-            "the optimizer's step and calls of the GradScaler"
+            "the optimizer's step and calls of the GradScaler: move those before or behind the if"
         )
     if not is_whole:
         bodies = [place.body] if step_body is place.body else [place.body, step_body]

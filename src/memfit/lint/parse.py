@@ -108,6 +108,11 @@ class Options:
         number_value = self.number(path)
         return int(number_value) if number_value is not None and number_value == int(number_value) else None
 
+    def count_or(self, path: str, default: int) -> int | None:
+        """Return ``default`` if no value is given or it is null, otherwise the result of `count`: None if the
+        value is "auto" or known only when the script runs."""
+        return default if self.raw(path) is None and path not in self.unsure else self.count(path)
+
     def on(self, path: str) -> bool:
         return str(self.get(path)).lower() in ("true", "1", "yes")
 

@@ -14,6 +14,8 @@ _TESTED = ("adam", "adamw", "fusedadam", "cpuadam", "adagrad", "lion", "fusedlio
 
 
 def _stage(d: Options) -> int | None:
+    """Return the ZeRO stage: 0 if none is given, 1 if zero_optimization is true instead of a section, None if
+    the stage is unknown, such as "auto"."""
     if d.raw("zero_optimization") is True:
         return 1
     return d.count("zero_optimization.stage") if "stage" in d.section("zero_optimization") else 0
@@ -76,7 +78,8 @@ def deepspeed_offload_parameters(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_offload_optimizer(d: Options, s: Setup) -> Found:
-    """Report offload_optimizer at ZeRO stage 0, where it has no effect. The stage is 0 if none is given."""
+    """Report offload_optimizer at ZeRO stage 0, where it has no effect. The stage is 0 if none is given.
+    Nothing is reported if it is unknown."""
     if _device(d, "offload_optimizer") != "none" and _stage(d) == 0:
         yield {"device": _device(d, "offload_optimizer")}
 
@@ -134,8 +137,7 @@ def deepspeed_least_scale(d: Options, s: Setup) -> Found:
     """Report an fp16 section that is enabled with a dynamic loss scale, if the scale's minimum,
     min_loss_scale, is above its initial value, 2**initial_scale_power. DeepSpeed's defaults are 2**16 for the
     initial value and 1 for the minimum. A static scale (loss_scale other than 0) is skipped."""
-    min_scale, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
-    power = 16 if d.raw("fp16.initial_scale_power") is None else power
+    min_scale, power = d.number("fp16.min_loss_scale"), d.count_or("fp16.initial_scale_power", 16)
     if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or min_scale is None or power is None:
         return
     if 0 <= power <= 64 and min_scale > 2**power:
@@ -234,24 +236,23 @@ def deepspeed_scheduler_steps(d: Options, s: Setup) -> Found:
 def deepspeed_pipeline(d: Options, s: Setup) -> Found:
     """Report more than one pipeline stage together with ZeRO stage 2 or 3. The number of pipeline stages is
     that of Megatron-DeepSpeed's arguments or, without these or with --no-pipeline-parallel, that of
-    DeepSpeed's file."""
+    DeepSpeed's file. Nothing is reported if that number or the ZeRO stage is unknown."""
     m = s.megatron
-    stages = d.count("pipeline.stages") or 1
+    stages = d.count("pipeline.stages")
     if m is not None and not m.on("no_pipeline_parallel"):
-        stages = m.count("pipeline_model_parallel_size") or stages
-    if stages > 1 and _stage(d) in {2, 3}:
+        stages = m.count_or("pipeline_model_parallel_size", stages or 1)
+    if stages is not None and stages > 1 and _stage(d) in {2, 3}:
         yield {"stages": stages, "stage": _stage(d)}
 
 
 def deepspeed_bucket(d: Options, s: Setup) -> Found:
     """Report, at ZeRO stage 1 or 2, a reduce_bucket_size above the number of the model's parameters; the
     default is 500,000,000 elements. These stages allocate the whole bucket, and a second one if overlap_comm
-    is on. Nothing is reported if the number of parameters is unknown, if contiguous_gradients is off (then no
-    bucket is allocated), or if the size is "auto"."""
+    is on. Nothing is reported if the number of parameters, the stage or the size is unknown, as with "auto",
+    or if contiguous_gradients is off (then no bucket is allocated)."""
     allocates_bucket = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
-    is_auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
-    bucket = d.count("zero_optimization.reduce_bucket_size") or 500_000_000
-    if s.parameters is not None and allocates_bucket and not is_auto and bucket > s.parameters:
+    bucket = d.count_or("zero_optimization.reduce_bucket_size", 500_000_000)
+    if s.parameters is not None and bucket is not None and allocates_bucket and bucket > s.parameters:
         bytes_per_element = 2 if d.on("bf16.enabled") or d.on("fp16.enabled") else 4
         bucket_count = 2 if d.on("zero_optimization.overlap_comm") else 1
         mib = bucket * bytes_per_element * bucket_count / 2**20

@@ -84,7 +84,7 @@ def accelerate_section_ignored(a: Options, s: Setup) -> Found:
 
 def accelerate_processes(a: Options, s: Setup) -> Found:
     """Report a num_processes that is no multiple of num_machines. num_processes is the number on all machines
-    together."""
+    together. Nothing is reported if one of the two is unknown."""
     processes, machines = a.count("num_processes"), a.count("num_machines") or 1
     if processes and machines > 1 and processes % machines:
         yield {"processes": processes, "machines": machines}
@@ -132,15 +132,16 @@ def accelerate_one_process(a: Options, s: Setup) -> Found:
     """Report more processes than machines with distributed_type NO and without use_cpu. Accelerate's launcher
     then starts one process per machine, whatever num_processes is, unless the command line overrides it with
     --multi_gpu or a similar option. Only files for the local machine (compute_environment LOCAL_MACHINE, the
-    default) are checked."""
-    processes = a.count("num_processes")
+    default) are checked. Nothing is reported if the number of processes or of machines is unknown."""
+    processes, machines = a.count("num_processes"), a.count_or("num_machines", 1)
     is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
     if (
         _kind(a) == "NO"
         and is_local
         and not a.on("use_cpu")
         and processes is not None
-        and processes > (a.count("num_machines") or 1)
+        and machines is not None
+        and processes > machines
     ):
         yield {"processes": processes}
 
@@ -155,13 +156,15 @@ def accelerate_machine_rank(a: Options, s: Setup) -> Found:
 
 def _devices(a: Options) -> tuple[int, int] | None:
     """Return (the number of devices that gpu_ids names, the number of processes per machine). Return None if
-    gpu_ids is not given, is "all", or is otherwise no list of numbers; if num_processes is unknown or no
-    multiple of num_machines; or if the training is on CPUs."""
+    gpu_ids is not given, is "all", or is otherwise no list of numbers; if num_processes or num_machines is
+    unknown or below 1, or the former is no multiple of the latter; or if the training is on CPUs."""
     ids = a.get("gpu_ids")
     device_ids = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
-    processes, machines = a.size("num_processes"), a.size("num_machines") or 1
+    processes, machines = a.size("num_processes"), a.count_or("num_machines", 1)
     if (
         processes is None
+        or machines is None
+        or machines < 1
         or processes % machines
         or a.on("use_cpu")
         or not all(device_id.isdigit() for device_id in device_ids)

@@ -30,10 +30,11 @@ def run_watched(
 ) -> CommandExit:
     """Run a command, wait for its end, and return how it ended. Each of its Python processes that trains with
     torch appends what it measures to ``file`` or, for ranks other than 0, to a file beside it (`rank_path`);
-    the end of the command is appended to ``file``. Standard input and output are those of this process.
-    Ctrl-C reaches the command alone; the signals SIGTERM and SIGHUP are passed on to it. ``prediction`` and
-    ``limits``: as for `memfit.watch`, as plain data. Raises UserError if the command cannot be started or the
-    file cannot be written."""
+    the end of the command is appended to ``file``, unless that cannot be written any more. Standard input and
+    output are those of this process. If called in the main thread, this process ignores Ctrl-C, which reaches
+    the command, and passes the signals SIGTERM and SIGHUP on to it. ``prediction`` and ``limits``: as for
+    `memfit.watch`, as plain data. Raises UserError if the command cannot be started, or if the file cannot be
+    written at the beginning."""
     settings = {
         "file": str(file.absolute()),
         "prediction": to_plain(prediction) or None,

@@ -436,8 +436,9 @@ def _with_rivals(
     plan. Their sketches may have been too high, so that they were not traced. Plans that the engine does not
     support are left out. If no estimate fits, nothing is added.
 
-    The added plans are traced. On this machine, their operators are timed, and all estimates are then made
-    anew. If the best plan is then another, the same is done for that one, in at most 3 rounds in all.
+    The added plans are traced. If the request is for this machine, their operators are timed, too, and all
+    estimates are made anew. If the best plan is then another, the same is done for that one, in at most 3
+    rounds in all.
     """
     refusals_of = engine(request.engine).refusals
     winner = best(filter(meets_limits, estimates), request.goal, score_band(predictor, request))

@@ -165,8 +165,8 @@ class PassReplay:
 
     def _repeat(self, kept: _Pass, share: float, mark: OnPhase) -> torch.Tensor:
         """Record the pass again, at the recorder's present clock and step, for a micro-batch whose loss is
-        multiplied by ``share``. Call ``mark`` with each phase, give the parameters their gradients and return
-        the loss."""
+        multiplied by ``share``. Call ``mark`` with each phase, and give the parameters their gradients.
+        Return the loss, multiplied by ``share``, as a new fake tensor."""
         recorder = self._recorder
         shift = recorder.clock - kept.start
         copies = [

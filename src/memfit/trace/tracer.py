@@ -591,8 +591,10 @@ def _blamed(error: Exception, last_guess: str) -> UserError | None:
 
 
 def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
-    """Return a copy of a fake tensor for ``copy.deepcopy``; a parameter stays one. Torch's own deepcopy would
-    also copy its attributes, including its fake mode, and so break the record of memory."""
+    """Return a copy of a fake tensor for ``copy.deepcopy``, or the one that ``memo`` already has. A parameter
+    gives a parameter, and ``requires_grad`` is kept; gradients and other attributes are not copied. Torch's
+    own deepcopy would also copy the attributes, including the fake mode, and so break the record of memory.
+    """
     if id(tensor) not in memo:
         with torch.no_grad():
             clone = tensor.detach().clone()

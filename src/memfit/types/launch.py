@@ -117,8 +117,8 @@ class LaunchConfig:
     """A child process to be started.
 
     ``argv``: the program and its arguments; ``{dir}`` in an argument stands for the folder into which
-    ``files`` (name -> text) are written. ``env``: environment variables. ``spec``: the run that the process
-    makes.
+    ``files`` (name -> text) are written. ``env``: environment variables that the process gets in addition to
+    those of this process, and in place of those of the same names. ``spec``: the run that the process makes.
     """
 
     engine: str

@@ -41,9 +41,11 @@ DATA_SOURCE: Final = (
 _KEYS: Final = ("numbers", "molecule", "energy", "positions", "forces", "train_molecules")
 _MOST_PROTONS: Final = 118
 _ALLOWED: Final = (
-    "whole numbers: numbers (molecules, atoms), 0 as padding, molecule (frames,), train_molecules; energy "
-    "(frames,), positions and forces (frames, atoms, 3); frames of the molecules below train_molecules, for "
-    "training, first, then at least one of another molecule, for testing"
+    "whole numbers: numbers (molecules, atoms), atomic numbers with 0 as padding, molecule (frames,), the "
+    "index of each frame's molecule, and train_molecules; finite numbers: energy (frames,) in eV, positions "
+    "(frames, atoms, 3) in angstrom and forces (frames, atoms, 3) in eV/angstrom; first the frames for "
+    "training, whose molecule is below train_molecules, then at least one frame of another molecule, for "
+    "testing"
 )
 _DIMENSIONS: Final = {
     "atoms": "atoms",
@@ -198,6 +200,8 @@ def _fault(arrays: Mapping[str, Array]) -> str:
     for key, shape in shapes.items():
         if arrays[key].shape != shape:
             return f"{key} has the shape {arrays[key].shape}, not {shape}"
+        if arrays[key].dtype.kind not in "fiu" or not np.isfinite(arrays[key]).all():
+            return f"{key} has values that are not finite real numbers"
     if not numbers.size or numbers.min() < 0 or numbers.max() > _MOST_PROTONS:
         return "numbers are not atomic numbers"
     if not count or molecule.min() < 0 or molecule.max() >= len(numbers):

@@ -257,9 +257,9 @@ def _refuse_repeated_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_record(raw: str, *, what: str) -> Shared:
-    """Parse the JSON text of a record. Raises UserError if it is not JSON, repeats a field, is of another
-    version of the format, or is not a valid record; for the last with the first fault: its place, what was
-    given, and what is allowed. ``what`` names the text in messages."""
+    """Parse the JSON text of a record. ``what`` names the text in messages. Raises UserError if the text is
+    not JSON, if an object in it repeats a field, if it has too many values or levels (`bounded`), if it is of
+    another version of the format, and as `validate_record` does."""
     data = parse_json(raw, what=what, pairs_hook=_refuse_repeated_fields)
     if isinstance(data, dict) and data.get("format") == FORMAT:
         version = data.get("version")

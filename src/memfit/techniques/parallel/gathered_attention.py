@@ -109,7 +109,7 @@ class GatheredCounts(TorchFunctionMode):
 
 def _arange_length(func: Any, args: Any) -> int | None:
     """Return n if the call is torch.arange(n) or torch.arange(0, n) with positional integers, else None.
-    Keyword arguments are not looked at."""
+    Keyword arguments are ignored: torch.arange(n, dtype=...) gives n, torch.arange(end=n) gives None."""
     if func is not torch.arange or len(args) not in {1, 2} or not all(isinstance(a, int) for a in args):
         return None
     return args[-1] if len(args) == 1 or args[0] == 0 else None
