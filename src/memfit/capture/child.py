@@ -623,7 +623,7 @@ def _not_built(*arguments: Any) -> Any:
 
 
 def main(path: Path) -> NoReturn:
-    """Run the script of the `ScriptSpec` in the file ``path``, and end the process."""
+    """Run the script of the `ScriptSpec` in the file ``path`` (JSON), and end the process."""
     spec = loads(ScriptSpec, path.read_text())
     with assume_case(AssumedCase(spec.case)):
         _Session(spec).run()

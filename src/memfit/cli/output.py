@@ -75,7 +75,7 @@ def refuse_options(
 ) -> None:
     """Raise UserError if a value of ``options``, option -> value, is set; None, False, 0 and empty values are
     not. The error names all options that are set, and then says ``why_refused``, such as "cannot be used with
-    --from"."""
+    --from"; ``allowed`` and ``hint``, as in UserError, follow unless they are ""."""
     if options_given := [name for name, value in options.items() if value]:
         raise UserError(f"{', '.join(options_given)} {why_refused}", allowed=allowed, hint=hint)
 

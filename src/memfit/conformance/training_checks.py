@@ -250,7 +250,8 @@ def _changed_parameters(figures: Sequence[WeightFigures]) -> frozenset[str]:
 
 def _rounded(observed: Observations, figures: Sequence[WeightFigures]) -> frozenset[str]:
     """Return the parameters of 16 bits that no optimizer holds, if the step changed tensors of the optimizers
-    that are not the model's: copies, as ZeRO has them, whose updates may round away."""
+    that are not the model's: copies, as ZeRO has them, whose updates may round away. Otherwise return none.
+    """
     optimizers = _optimizers(figures)
     if not any(o.foreign_changed for o in optimizers):
         return frozenset()

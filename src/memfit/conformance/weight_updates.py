@@ -289,7 +289,8 @@ def _split_tensors(
 
 def _masters(optimizer: Any, params: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """Return the optimizer's copies of the parameters that it does not hold itself, by the parameters' names:
-    tensors of the same shape and, rounded to the parameter's dtype, the same values."""
+    tensors of the same shape and, rounded to the parameter's dtype, the same values. Return {} if the tensors
+    of the optimizer are unknown."""
     tensors = _tensors(optimizer)
     if tensors is None:
         return {}

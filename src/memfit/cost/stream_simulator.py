@@ -303,7 +303,7 @@ class _Streams:
 
     def _slowdown_s(self, start: float, seconds: float) -> float:
         """Return by how many seconds a kernel, which starts at ``start`` and would take ``seconds`` alone,
-        takes longer because collectives run at the same time.
+        takes longer because collectives run at the same time; 0 if none does.
         """
         if not self.running_collectives:
             return 0.0

@@ -306,7 +306,7 @@ def usable_bytes(machine: str) -> float | None:
 def _fit_percent(offer: Offer) -> float:
     """Return the probability in percent that the device has enough memory. The need is taken to be
     distributed triangularly over the interval of the prediction, with its peak at the value. Return 100 if
-    the device's memory is unknown.
+    the device's memory is unknown or not below the upper end, and 0 if it is not above the lower end.
     """
     prediction, available_bytes = offer.memory_bytes, usable_bytes(offer.machine)
     if available_bytes is None or available_bytes >= prediction.high:

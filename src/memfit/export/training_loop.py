@@ -524,8 +524,9 @@ def _moved(
 ) -> tuple[ast.stmt, ...]:
     """Return those of ``statements`` that must move to behind the one that makes the optimizer: those up to
     ``after`` that set the other variables ``made`` (GradScaler, model, norm of clipping), if one before uses
-    the optimizer, as a learning-rate scheduler does, of which a plan may need another one. Raises UserError
-    if they cannot be moved, since they need what is set between."""
+    the optimizer, as a learning-rate scheduler does, of which a plan may need another one. Return () if none
+    uses it, or if ``after`` is None. Raises UserError if they cannot be moved, since they need what is set
+    between."""
     if after is None:
         return ()
     last = statements.index(after)

@@ -94,5 +94,5 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 def plan_of_arguments(args: Any) -> Plan:
     """Return the plan that the TrainingArguments ``args`` express, with DeepSpeed's configuration if they use
     one, on the current number of ranks (``args.world_size``). Settings that no plan can express are ignored.
-    """
+    Raises UserError as `memfit.lint.to_plan.convert` does."""
     return to_plan.convert(setup_of_arguments(args, ranks=args.world_size)).plan

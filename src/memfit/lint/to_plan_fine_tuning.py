@@ -130,7 +130,7 @@ def _text(options: Options, name: str) -> str | None:
 
 def _as_trainer(setup: Setup, draft: Draft, renamed: dict[str, str] | None = None) -> None:
     """Add what the Trainer's arguments and DeepSpeed's file ask for to the draft. ``renamed``: argument of
-    the Trainer -> the option of the file, for what is listed as left out."""
+    the Trainer -> the option of the file, for what is listed as left out; others keep their names."""
     (from_hugging_face if setup.deepspeed is None else from_deepspeed)(setup, draft)
     for index, note in enumerate(draft.left_out):
         name, space, value = note.option.partition(" ")

@@ -681,8 +681,8 @@ def _log_of(record: RankRecord) -> TrainingLog:
 
 
 def diagnose_run(reason: str, steps_done: int, *, message: str = "", device: str = HOST) -> Diagnosis:
-    """Return why a run of memfit ran out of memory. ``reason``: what its worker reported.
-    ``steps_done``: optimizer steps that it finished. ``message``: of the allocator, with the error's class.
+    """Return why a run of memfit ran out of memory. ``reason``: what its worker reported. ``steps_done``:
+    optimizer steps that it finished. ``message``: of the allocator, with the error's class; "" if unknown.
     ``device``: the kind on which the run trained; its memory ran out if torch's error for devices was raised,
     also where the message cannot be read."""
     kills = list(host_kills([reason]))

@@ -211,7 +211,8 @@ def _steps(lines: Sequence[str]) -> dict[int, list[int]]:
 
 
 def _numbers(line: str) -> list[tuple[str, float, bool]]:
-    """Return (name, value, whether it is in bytes) of the memory and sample sizes that a line prints."""
+    """Return (name, value, whether the line gives its unit, so that it is in bytes) of each memory and sample
+    size that a line prints; [] if it prints none."""
     if yolo := _YOLO.match(line):
         return [("GPU_mem", float(yolo[3]) * GIB, True)]
     if not (_MEMORY.search(line) or _SAMPLE.search(line)):

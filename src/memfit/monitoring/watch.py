@@ -393,15 +393,16 @@ def watch(
     Not every step is recorded if steps are so short that this would take more than 0.5 % of the time.
 
     ``prediction``: what the memory is compared with: what `memfit.estimate` returned, a file with the JSON of
-    a command, or bytes by name. ``limits``: thresholds of the alarms, by name, or a TOML file or plan file
-    with them (`AlarmLimits`). ``on_alarm``: called with each `Alarm`; its exceptions are raised in the
-    training, which can thus stop. Without it, alarms are printed on standard error. ``logger``: TensorBoard's
-    SummaryWriter, a logger of Lightning, a run of W&B, an Accelerator, or a function of values and step; by
-    default the active runs of W&B and MLflow, if there are any.
+    a command, or bytes by name; by default nothing. ``limits``: thresholds of the alarms, by name, or a TOML
+    file or plan file with them; by default, and for names that are left out, those of `AlarmLimits`.
+    ``on_alarm``: called with each `Alarm`; its exceptions are raised in the training, which can thus stop.
+    Without it, alarms are printed on standard error. ``logger``: TensorBoard's SummaryWriter, a logger of
+    Lightning, a run of W&B, an Accelerator, or a function of values and step; by default the active runs of
+    W&B and MLflow, if there are any.
 
     ``on_oom``: called when the block ends because memory ran out, such as what `memfit.next_plan` returns.
     The text that it returns is recorded, and `memfit watch --restarts N -- COMMAND` then starts the command
-    again. The error is raised in any case.
+    again. By default nothing is called. The error is raised in any case.
 
     In a process of `memfit watch -- COMMAND`, this watch takes the place of the command's, writes to its
     file, and has its prediction and limits unless these are given here.

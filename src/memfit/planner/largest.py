@@ -89,7 +89,8 @@ class MeasuredLargest:
 
     @property
     def uncertain(self) -> tuple[int, ...]:
-        """The values between ``ran`` and ``died`` that were run: whether they run under the cap is chance."""
+        """The values between ``ran`` and ``died`` that were run: whether they run under the cap is chance. ()
+        if ``died`` is None."""
         if self.died is None:
             return ()
         least = self.ran.value if self.ran else 0

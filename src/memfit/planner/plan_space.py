@@ -149,6 +149,7 @@ def effect_then_size_key(plan: Plan, dependence: SampleDependence | None = None)
 
     It is (effect class from 0 to 3, number of techniques, sum of the techniques' positions in `TECHNIQUES`,
     where the customary ones come first). ``dependence``: whether the job's samples depend on each other; if
-    they do, and the plan changes the training by splitting the batch, the effect class is 3.
+    they do, and the plan changes the training by splitting the batch, the effect class is 3. None: not known,
+    and the effect class is that of the techniques.
     """
     return int(effect_of(plan, dependence)), len(plan.uses), sum(_POSITIONS[u.technique] for u in plan.uses)

@@ -204,7 +204,7 @@ def preference_key(
 ) -> tuple[tuple[int, int, int], str]:
     """Return a sort key of the plan: of equally good plans, the one with the lowest key is preferred. It is
     (`effect_then_size_key`, a text). The text has the values of the settings, so that small ones come first,
-    and the plan's fingerprint, so that no two plans have the same key.
+    and the plan's fingerprint, so that no two plans have the same key. ``dependence``: as there.
     """
     settings = [(u.technique, name, value) for u in plan.uses for name, value in sorted(u.settings.items())]
     return effect_then_size_key(plan, dependence), ";".join(

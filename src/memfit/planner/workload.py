@@ -40,7 +40,7 @@ def workload_of(job: Job, machine: str = "") -> Workload:
 def stored_workload(ref: JobRef, job: Job, machine: str = "") -> Workload:
     """Return the workload (`workload_of`) of the job that ``ref`` names and `load` has returned. That of a
     built-in job is read from disk if it is there, because building its model takes seconds; if not, raises
-    UserError as `check_batch_memory` does."""
+    UserError as `check_batch_memory` does. ``machine``: the machine's name; "" for none."""
 
     def compute() -> Workload:
         check_batch_memory(ref)

@@ -57,17 +57,18 @@ SentenceValues = Mapping[str, Figure | str | Sentence]
 
 
 def measured(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return a figure marked as measured. ``value`` None: unknown. ``source``: anchor of its record."""
+    """Return a figure marked as measured. ``value`` None: unknown. ``source``: anchor of its record; "" if it
+    has none or `sourced` sets it later."""
     return Figure(value=value, unit=unit, mark=Mark.MEASURED, source=source)
 
 
 def predicted(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return a figure marked as predicted. ``value`` None: unknown. ``source``: anchor of its record."""
+    """Return a figure marked as predicted. ``value``, ``source``: as in `measured`."""
     return Figure(value=value, unit=unit, mark=Mark.PREDICTED, source=source)
 
 
 def assumed(value: float | None, unit: str, source: str = "") -> Figure:
-    """Return a figure marked as assumed. ``value`` None: unknown. ``source``: anchor of its record."""
+    """Return a figure marked as assumed. ``value``, ``source``: as in `measured`."""
     return Figure(value=value, unit=unit, mark=Mark.ASSUMED, source=source)
 
 

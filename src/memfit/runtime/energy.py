@@ -100,28 +100,28 @@ def _int(path: Path) -> int | None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Board:
-    """A GPU of NVIDIA, as its management library NVML (``nvml``, with its ``handle`` of the GPU) knows it.
-    What NVML does not tell is None."""
+    """A GPU of NVIDIA, as its management library NVML (``nvml``, with its ``handle`` of the GPU) knows it."""
 
     nvml: Any
     handle: Any
 
     def free_bytes(self) -> int | None:
-        """Return the bytes of the board's memory that no process uses."""
+        """Return the bytes of the board's memory that no process uses; None if NVML does not tell."""
         try:
             return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).free)
         except self.nvml.NVMLError:
             return None
 
     def used_bytes(self) -> int | None:
-        """Return the bytes of the board's memory that all processes use together."""
+        """Return the bytes of the board's memory that all processes use together; None if NVML does not tell."""
         try:
             return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used)
         except self.nvml.NVMLError:
             return None
 
     def energy_mj(self) -> int | None:
-        """Return the millijoules that the board has used since its driver was loaded."""
+        """Return the millijoules that the board has used since its driver was loaded; None if NVML does not
+        tell."""
         try:
             return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))
         except self.nvml.NVMLError:

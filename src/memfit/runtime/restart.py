@@ -69,8 +69,8 @@ def run_with_restarts(
 
     ``on_event`` gets every event of a rank, and ``(0, {"event": "restarted", "why": ...})`` before each
     restart. ``losses``: an empty mapping that gets the loss of each step that a rank reports, also if the run
-    fails. After SIGTERM, which ``interruption`` receives, nothing is started again, and ranks that have not
-    completed are interrupted."""
+    fails; None: a new one, which is dropped. After SIGTERM, which ``interruption`` receives, nothing is
+    started again, and ranks that have not completed are interrupted."""
     losses = {} if losses is None else losses
     series = {rank: StepLosses() for rank in range(spec.plan.ranks)}
     losses.update(series)

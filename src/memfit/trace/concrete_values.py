@@ -100,7 +100,7 @@ class ConcreteValues:
         return real
 
     def _known(self, tensor: Any) -> torch.Tensor | DeferredValue | None:
-        """Return what `of` returns, or the values that wait to be computed."""
+        """Return the tensor's values that wait to be computed, if there are any, else what `of` returns."""
         value = getattr(tensor, _NAME, None)
         return value if isinstance(value, DeferredValue) and value.waits else self.of(tensor)
 

@@ -42,7 +42,7 @@ def deep_traces(
 ) -> list[Trace]:
     """Return the traces of several ranks of one plan, in the order of ``ranks``. Those of models with many
     equal blocks are built from traces with few blocks, as `traces_of` describes. ``options`` are those of
-    `trace` except ``rank``. Raises what `traces_of` raises."""
+    `trace` except ``rank``. ``deadline``: as in `traces_of`. Raises what `traces_of` raises."""
     return traces_of(job, [(plan, rank) for rank in ranks], deadline=deadline, **options)
 
 
@@ -52,7 +52,7 @@ def traces_of(
 ) -> list[Trace]:
     """Return a `trace` for each (plan, rank) pair, in their order, at the cost of a few blocks for models
     with many equal blocks. ``options`` are those of `trace` except ``rank``. Raises what `trace` raises, and
-    TimeUp if ``deadline`` passes before traces of a large model are finished.
+    TimeUp if ``deadline`` passes before traces of a large model are finished; None: there is no deadline.
 
     The model is traced twice with few blocks, and the events of a middle block are repeated up to the full
     depth (`unroll`), or those of several adjacent blocks if the plan or attributes of the blocks repeat with

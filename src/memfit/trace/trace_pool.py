@@ -143,9 +143,9 @@ def run_parallel(
     ``index`` is running (or, if none is running, has just ended). ``results`` receives each result by the
     index of its call as soon as it is known, for callers that may be interrupted. ``workers``: the calls are
     made by these forked processes, which stay; None: by new ones, which end. ``deadline``: when it has
-    passed, forked processes are ended, and TimeUp is raised unless all calls are finished. A call that runs
-    in this process is finished first. Where this process is itself a forked one, ``deadline`` has no effect;
-    the original process ends it.
+    passed, forked processes are ended, and TimeUp is raised unless all calls are finished; None: none. A call
+    that runs in this process is finished first. Where this process is itself a forked one, ``deadline`` has
+    no effect; the original process ends it.
 
     A forked process needs no imports, and without ``workers`` no picklable job, but forking is safe only on
     Linux, without other threads and without initialised CUDA. Where it is not safe, inside a daemon process

@@ -98,7 +98,8 @@ def _limit_bytes(diagnosis: Diagnosis) -> int | None:
 
 
 def _by_search(request: Request, limit_bytes: int, progress: Progress) -> tuple[Estimate | None, str]:
-    """Return (the plan that a search recommends, ""), or (None, why nothing fits)."""
+    """Return (the estimate of the plan that a search recommends within ``limit_bytes``, ""), or (None, why
+    nothing fits). Raises UserError and RunError as `search` does."""
     try:
         recommended = search(dataclasses.replace(request, cap_bytes=limit_bytes), progress).result.recommended
     except NothingFits as error:

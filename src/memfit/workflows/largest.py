@@ -284,8 +284,9 @@ def _train(
     value: int,
     progress: Progress,
 ) -> MeasuredSize:
-    """Train the job of ``values`` for a few steps under the request's cap, and return how that ended for
-    ``value``."""
+    """Train the job of ``values`` (name of a size -> number) for a few steps under the request's cap, and
+    return how that ended for ``value``. Raises UserError if the engine cannot train the plan here or the job
+    cannot be loaded."""
     ready_engine(request.engine, plan, request.device_kind)
     ref = sizes.ref.with_sizes(values)
     job = load(ref)
@@ -338,7 +339,10 @@ def _cap(request: Request) -> tuple[int, str]:
 def _plans(
     request: Request, sizes: _Sizes, target: Dimension, plans: Sequence[Plan], progress: Progress
 ) -> tuple[Predictor, Sequence[Plan]]:
-    """Return (the predictor of the job with its own sizes, the plans to answer for)."""
+    """Return (a predictor of the job, the plans to answer for): ``plans`` or, if there are none, those of a
+    search, the recommended one first. If no plan fits the job's own sizes, the search and the predictor are
+    for the smallest value of ``target``. Raises UserError for a plan that the engine or the machine does not
+    support; UserError, RunError and NothingFits as `search` does."""
     if plans:
         _, predictor = make_predictor(request)
         for plan in plans:

@@ -154,7 +154,8 @@ def _with_verdict(recovery: Recovery, before: Losses, after: Losses, seed: int) 
 
 
 def _mean_losses(losses: Losses) -> Mapping[int, float]:
-    """Return step -> mean of the ranks' losses, by step, for steps that all ranks have."""
+    """Return step -> mean of the ranks' losses, ascending by step, for steps that all ranks have; {} without
+    ranks."""
     if not losses:
         return {}
     steps = sorted(set.intersection(*(set(by_step) for by_step in losses.values())))

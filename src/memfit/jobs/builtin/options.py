@@ -88,7 +88,8 @@ class BuiltInOptions:
     ) -> tuple[Dimension, ...]:
         """Return the dimensions of a job with this ``shape``: batch, length if it has that field, and
         those of ``fields`` (name of a dimension -> field of ``shape``). ``multiples``: name -> the number of
-        which only multiples are possible. Raises UserError if the user sets a number that is no multiple."""
+        which only multiples are possible; any number is, of a name without one. Raises UserError if the user
+        sets a number that is no multiple."""
         own_fields = {"batch": "batch_size", "length": "length"} | dict(fields)
         dimensions = [
             Dimension(name=name, value=getattr(shape, field), multiple=(multiples or {}).get(name, 1))

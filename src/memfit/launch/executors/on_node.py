@@ -33,8 +33,8 @@ def run_task(
 ) -> int:
     """Run ``argv`` in ``working_folder`` and return its exit code; negative: minus the signal that ended it;
     1 if there is no such program. What it prints is added to output.txt in ``folder``, which must exist;
-    usage.json there says when it runs (`Usage`). ``variables``: further environment variables, name -> value.
-    To be called in the main thread.
+    usage.json there says when it runs (`Usage`). ``variables``: environment variables, name -> value, that
+    are added to those of this process for the command or replace them. To be called in the main thread.
 
     The command receives SIGTERM, and SIGKILL 10 s later, if this process receives SIGTERM, if there is a file
     called cancel in ``folder``, or if no process keeps the file ``owner`` locked any more ("": not checked).
