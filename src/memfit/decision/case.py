@@ -134,8 +134,10 @@ class Money(_Strict):
     ``labour_per_hour``: price of a working hour of people; unknown if unset. ``energy_per_kwh``,
     ``levy_per_kwh`` and ``basic_per_kw_month``: prices of electricity; if unset, those of the case's tariff;
     without a tariff, the energy has the average price of the place, and the other two are 0. All other
-    figures are the catalog's if unset. ``life_years``: years after which a machine is replaced, 1 to 20.
-    ``support_ratio``: cost of support per year, as a share of the purchase price.
+    figures are the catalog's if unset. ``tax_ratio``: tax on purchases, rent and electricity, as a share of
+    the price without it. ``discount_ratio``: interest per year, by which later costs count less.
+    ``life_years``: years after which a machine is replaced, 1 to 20. ``support_ratio``: cost of support per
+    year, as a share of the purchase price. ``pue_ratio``: electricity of the site over that of its computers.
     """
 
     labour_per_hour: CaseValue | None = None
@@ -225,9 +227,10 @@ class DecisionCase(_Strict):
     catalog does not have are unknown, and the decision lists them.
 
     ``currency``: code of the currency of all prices, by default "USD". ``place``: where the machines run,
-    which determines the price of electricity, taxes and a machine's life. ``tariff``: the electricity tariff.
-    ``supplier``: the electricity supplier, which determines the CO2. These three are names of the catalog.
-    """
+    which determines the price of electricity, taxes and a machine's life; if unset, the place of the tariff,
+    else that of the supplier, else that of the proof of concept, else the world. ``tariff``: the electricity
+    tariff; if unset, the average price of the place counts. ``supplier``: the electricity supplier, which
+    determines the CO2; if unset, the place does. These three are names of the catalog."""
 
     currency: Name = "USD"
     place: Name | None = None

@@ -116,7 +116,10 @@ def find_update(source: Source, place: LoopPlace) -> Update:
     GradScaler, or if a GradScaler is also used elsewhere."""
     statement = place.body[place.index]
     if place.function is not None and _is_closure(source, place.function.name):
-        raise UserError("the script passes a closure to the optimizer's step, which memfit.apply cannot call")
+        raise UserError(
+            "the script passes a closure to the optimizer's step, which memfit.apply cannot call: put its "
+            "statements into the loop, and call step without arguments"
+        )
     if (branches := _branches(statement)) is not None:
         first, last = (_sequence(place, branch, is_whole=True) for branch in branches)
         keys = [(u.loss, u.optimizer, u.norm, *map(_text, (u.clip, u.condition))) for u in (first, last)]
@@ -297,7 +300,9 @@ def _gradient_changes(
     for statement in statements:
         if (clipping := _clipping(statement, scaler)) is not None:
             if clip is not None:
-                raise UserError("between backward and step, the script clips gradients twice")
+                raise UserError(
+                    "between backward and step, the script clips gradients twice: keep one of them"
+                )
             clip, condition, norm = clipping
             removed.append(statement)
         elif norm and norm in loaded_names(statement):

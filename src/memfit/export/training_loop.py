@@ -126,7 +126,7 @@ def _find_loop(source: Source, plan: Plan) -> Loop:
     if any(_spans_text(s) for s in place.body[forward : place.index]):
         raise UserError(
             "the forward pass, which the edit indents, contains a string literal of several lines, which "
-            "that would change"
+            "that would change: assign it to a variable before the loop"
         )
     must_end_each_step(source, place, update, forward)
     autocast = _autocast(source, place, forward) if sets_precision(plan) else None
@@ -429,7 +429,8 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
     to the GradScaler ``scaler`` ("": none) or to a variable of the clipping norm (`_moved`); or if there is
     none to the optimizer in the statement list around the loop, before the loop. Raises UserError if the
     script does not show where the optimizer is made, if it makes it in another loop than the model, or again
-    in the training loop, if it changes the model between that and the loop, and as `_moved` and `_clip` do.
+    in the training loop, if it changes the model between that and the loop, if the function that makes it
+    calls backward outside a loop, and as `_moved` and `_clip` do.
     """
     loop_optimizer, model = (_attribute_of(place, name) for name in (update.optimizer, model))
     names = {loop_optimizer: loop_optimizer, model: model}
@@ -441,7 +442,10 @@ def _setup(source: Source, place: LoopPlace, update: Update, model: str, *, scal
             argument = arguments.get(name)
             names[name] = argument.id if isinstance(argument, ast.Name) else name
     elif place.loop is place.function:
-        raise UserError("backward is called outside a loop, in the function that makes the optimizer")
+        raise UserError(
+            "backward is called outside a loop, in the function that makes the optimizer: make the optimizer "
+            "outside this function, or call backward in a loop"
+        )
     optimizer = names[loop_optimizer]
     if not (model in arguments or statements is place.scope or is_of_self(model)):
         names[model] = _model(source, statements, [], optimizer)

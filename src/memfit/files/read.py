@@ -206,7 +206,10 @@ def bounded(value: Any, *, what: str) -> Any:
         if count > _MOST_VALUES:
             raise UserError(f"{what} has too many values", allowed=f"at most {_MOST_VALUES}")
         if any(isinstance(v, int) and v.bit_length() > _MOST_BITS for v in level):
-            raise UserError(f"{what} has a whole number of more than {_MOST_BITS} bits")
+            raise UserError(
+                f"{what} has a whole number that is too large",
+                allowed=f"at most {_MOST_BITS} bits, about 120 digits",
+            )
         level = [inner for v in level for inner in _inner_values(v)]
         if not level:
             return value

@@ -212,7 +212,10 @@ def predict_first_batch(trainer: Any, module: Any, plan: Plan) -> Prediction:
     with torch.random.fork_rng(devices=[]):
         first_batch = next(iter(trainer.train_dataloader), None)
     if first_batch is None:
-        raise UserError("the Trainer's loader has no batch, so its training step cannot be predicted")
+        raise UserError(
+            "the Trainer's loader has no batch, so its training step cannot be predicted",
+            hint="train on at least one sample; with drop_last=True, on at least one whole batch",
+        )
     batch = repeat(first_batch, trainer.accumulate_grad_batches)
     batch = tuple(batch) if isinstance(batch, list) else batch
 

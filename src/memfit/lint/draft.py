@@ -48,7 +48,8 @@ class Conversion:
 class Draft:
     """A plan under construction, for ``ranks`` processes; ``plan.ranks`` is not used. take() does not add a
     technique that conflicts with those already in the plan: it lists the setting that asks for it in
-    ``left_out``, with the reason. The other fields are as in Conversion."""
+    ``left_out``, with the reason. The other fields are as in Conversion, where None and "" stand for what the
+    files do not say."""
 
     ranks: int
     plan: Plan = dataclasses.field(default_factory=Plan)

@@ -144,7 +144,8 @@ def _always_died(done: Sequence[MeasuredSize], cap_bytes: int) -> MeasuredSize |
 
 
 def _bounds(runs: Mapping[int, MeasuredSize]) -> tuple[int, int | None]:
-    """Return (the largest value that ran, 0 for none; the smallest above it that ran out of memory, or None)."""
+    """Return (the largest value that ran, 0 for none; the smallest above it that ran out of memory, None for
+    none)."""
     low = max((v for v, r in runs.items() if r.outcome is OutcomeKind.OK), default=0)
     high = min((v for v, r in runs.items() if r.outcome is OutcomeKind.OOM and v > low), default=None)
     return low, high

@@ -113,7 +113,8 @@ class Board:
             return None
 
     def used_bytes(self) -> int | None:
-        """Return the bytes of the board's memory that all processes use together; None if NVML does not tell."""
+        """Return the bytes of the board's memory that all processes use together; None if NVML does not tell
+        them."""
         try:
             return int(self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used)
         except self.nvml.NVMLError:

@@ -37,7 +37,8 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A connection between devices or hosts. ``bytes_s``: bytes per second in one direction, per device."""
+    """A connection between devices or hosts. ``bytes_s``: bytes per second in one direction, per device.
+    ``latency_s``: seconds of one hop; None if unknown."""
 
     name: str
     bytes_s: Fact
@@ -116,7 +117,8 @@ class Machine:
     """Devices, hosts and network.
 
     ``device_count``: number of devices in all hosts together. ``devices_per_host``: number in one host; 0:
-    all are in one host. ``is_here``: it is the machine on which memfit runs.
+    all are in one host. ``network``: the connection between hosts. ``is_here``: it is the machine on which
+    memfit runs. ``place``, ``host`` and ``network`` are None if unknown.
     """
 
     name: str
@@ -125,7 +127,7 @@ class Machine:
     place: Place | None = None
     devices_per_host: int = 0
     host: Host | None = None
-    network: Link | None = None  # between hosts
+    network: Link | None = None
     is_here: bool = False
 
     @property

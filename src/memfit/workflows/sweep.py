@@ -159,8 +159,8 @@ class TrialResult:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The most that one sweep may use; None: no limit. A device hour is one device (on a processor: one
-    process) for one hour, from the start of a trial to its end."""
+    """The most that one sweep may use: device hours and US dollars; None: no limit. A device hour is one
+    device (on a processor: one process) for one hour, from the start of a trial to its end."""
 
     hours: float | None = None
     usd: float | None = None
