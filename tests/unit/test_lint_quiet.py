@@ -81,6 +81,16 @@ STEPS = {"scheduler": DECAY | {"params": {"total_num_steps": "auto"}}}
         ((acc("NO", num_processes=16, num_machines="${NODES}"),), None),  # known only at run time
         ((acc("MULTI_GPU", gpu_ids="0,1", num_processes=4, num_machines="${NODES}"),), None),
         ((ds(**zero(2), pipeline={"stages": 2}), mg("--pipeline-model-parallel-size $PP")), None),
+        ((tt(parallelism={"pipeline_parallel_degree": "${PP}", "data_parallel_shard_degree": 1}),), 8),
+        (
+            (
+                tt(
+                    training={"local_batch_size": 4, "global_batch_size": 8},
+                    parallelism={"pipeline_parallel_degree": "${PP}"},
+                ),
+            ),
+            8,
+        ),
     ],
 )
 def test_valid_configurations_have_no_findings(
