@@ -428,7 +428,7 @@ def test_law_the_bound_over_the_grids_is_that_over_all_their_plans(
         for index in itertools.product(*map(range, grid.shape)):
             step_s, peak = float(predicted.step_s[index]), float(predicted.allocated_bytes[index])
             family = multi_device_bound.family(grid.plan(index).uses)
-            least = ratios.get(family, multi_device_bound.unseen_ratio(family, deep=False))
+            least = ratios.get(family, multi_device_bound.unseen_ratio(family, goal, deep=False))
             value = least * (peak if goal is Objective.SMALLEST else step_s)
             if goal is Objective.CHEAPEST:
                 value *= score(many.pairs[0][0], goal) / many.pairs[0][0].step_s.value  # type: ignore[union-attr]
@@ -444,10 +444,13 @@ def test_a_family_of_plans_of_which_none_was_traced_is_trusted_less(
     many = many_of()
     _pairs(many, 1.0)
     ratios = multi_device_bound.least_ratios(many.pairs, Objective.FASTEST)
-    unseen = multi_device_bound.unseen_ratio(("pipeline", "zero"), deep=True)
+    unseen = multi_device_bound.unseen_ratio(("pipeline", "zero"), Objective.FASTEST, deep=True)
     assert ratios
     assert all(unseen < ratio < 1.0 for ratio in ratios.values())
-    assert multi_device_bound.unseen_ratio(("context-parallel", "fsdp2"), deep=True) < unseen
+    context = ("context-parallel", "fsdp2")
+    assert multi_device_bound.unseen_ratio(context, Objective.FASTEST, deep=True) < unseen
+    assert multi_device_bound.unseen_ratio(context, Objective.FASTEST, deep=False) < unseen
+    assert multi_device_bound.unseen_ratio(context, Objective.SMALLEST, deep=True) < unseen
 
 
 def test_a_search_for_many_devices_without_time_recommends_a_traced_plan(

@@ -16,7 +16,6 @@ from memfit.planner.block_costs import Seconds
 from memfit.planner.block_traces import BlockTracer, Key
 from memfit.planner.parallelism_grid import GridLayout, Uses
 from memfit.techniques.registry import make_use
-from memfit.types.errors import UserError
 from memfit.types.parts import NUMBERS, PIECES, PartCosts, Parts, Travel, UpdateCosts
 from memfit.types.plan import Use
 
@@ -82,7 +81,6 @@ class Composer:
         if self.context > 1:
             for uses in ((), (_FULL,)):
                 yield self._key(uses=uses, context=self.context)
-            for uses in {_decisive_in_context(u) for u in (*inside, (), (_FULL,))}:
                 yield self._key(uses=uses, context=self.context, samples=self._many_samples)
         if self.experts > 1:
             yield from self._expert_keys(inside, computes)
@@ -191,11 +189,9 @@ class Composer:
                 self._key(uses=matching_uses, context=self.context),
             )
             context_travel = _travel(self._parts(cut_key), 1 / layout.tensor)
-            weight = _weight(layout.context, self.context)
-            try:
-                large_parts = self._large_parts(parts, _decisive_in_context(uses), weight)
-            except UserError:  # such as compilation together with context parallelism
-                large_parts = self._large_parts(parts, matching_uses, weight)
+            weight, many = _weight(layout.context, self.context), self._many_samples
+            many_parts = self._parts(dataclasses.replace(cut_key, samples=many))
+            large_parts = _scale(parts, uncut_parts, many_parts, weight, share=1 / many)
             parts = _with_sample_times(_scale(parts, uncut_parts, self._parts(cut_key), weight), large_parts)
         return LayoutCut(
             parts=parts,
@@ -203,14 +199,6 @@ class Composer:
             context_travel=context_travel,
             expert_travel=expert_travel,
         )
-
-    def _large_parts(self, parts: Parts, uses: Uses, weight: float) -> Parts:
-        """Return ``parts`` with the numbers that each sample adds in a large micro-batch of a
-        context-parallel rank. ``uses``: techniques of the traces from which that is taken. ``weight``: see
-        `_weight`. Raises UserError if the model cannot be traced with ``uses`` and context parallelism."""
-        many = self._many_samples
-        many_parts = self._parts(self._key(uses=uses, context=self.context, samples=many))
-        return _scale(parts, self._parts(self._key(uses=uses)), many_parts, weight, share=1 / many)
 
     def _at_most(self, layout: GridLayout, uses: Uses, base: Parts, vocabulary: str) -> Parts:
         """Return the parts for one sample at the largest tensor-parallel degree.
@@ -351,12 +339,6 @@ def _rescale_travel(
 
 def _has(uses: Uses, name: str) -> bool:
     return any(u.technique == name for u in uses)
-
-
-def _decisive_in_context(uses: Uses) -> Uses:
-    """Return those of the techniques that decide how much time context parallelism adds: recomputation of
-    blocks, whose attention gathers again, and compilation, which fuses what merges attention."""
-    return tuple(u for u in _traceable(uses) if u == _FULL or u.technique == "compile")
 
 
 def _traceable(uses: Uses) -> Uses:
