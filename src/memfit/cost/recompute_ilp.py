@@ -29,7 +29,7 @@ _STEPS_UP = (0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)  # steps from the
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class SolverEffort:
     """How hard the solver tries.
 
     ``gap_ratio``: it may stop when its solution takes at most this much more time than the proven lower
@@ -43,8 +43,8 @@ class Effort:
     nodes: int = 400
 
 
-THOROUGH, QUICK = Effort(), Effort(gap_ratio=0.05, window=8, nodes=20)
-_ANY = Effort(gap_ratio=1.0)
+THOROUGH, QUICK = SolverEffort(), SolverEffort(gap_ratio=0.05, window=8, nodes=20)
+_ANY = SolverEffort(gap_ratio=1.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class RecomputeChoice:
     cost_s: float
 
 
-def solve(replay: Replay, budget_bytes: int, *, effort: Effort = THOROUGH) -> RecomputeChoice | None:
+def solve(replay: Replay, budget_bytes: int, *, effort: SolverEffort = THOROUGH) -> RecomputeChoice | None:
     """Choose tensors to drop so that the peak by ``replay`` is at most ``budget_bytes`` and recomputation
     takes least time. Return the fastest choice within the budget that an integer program finds in up to six
     rounds, corrected by a replay after each; None if it finds none.
@@ -140,7 +140,7 @@ class _Program:
     its own first need in backward at which another candidate is first needed; and the peak.
     """
 
-    def __init__(self, replay: Replay, effort: Effort) -> None:
+    def __init__(self, replay: Replay, effort: SolverEffort) -> None:
         self.replay, self.effort = replay, effort
         self.index = {c.number: i for i, c in enumerate(replay.candidates)}
         self.events = sorted({c.first_need for c in replay.candidates})

@@ -38,7 +38,7 @@ def torchtitan_degrees(t: Options, s: Setup) -> Found:
     """Report degrees of parallelism (see `_degrees`) whose product is not the number of processes, if that
     number is known. If data_parallel_shard_degree is -1, for all remaining ranks, the product of the other
     degrees must only divide that number. Degrees below 1, other than that of shard, are always reported.
-    Nothing is reported if a degree is unknown (`_knows_degrees`)."""
+    Nothing is reported if a degree is unknown."""
     if not _knows_degrees(t):
         return
     replicate, shard, tensor, pipeline, context = degrees = _degrees(t)
@@ -111,10 +111,10 @@ def torchtitan_microbatches(t: Options, s: Setup) -> Found:
 
 def torchtitan_batch(t: Options, s: Setup) -> Found:
     """Report a global batch that is no multiple of local batch x data-parallel ranks. The number of these
-    ranks is the replicate degree x the shard degree. If the shard degree is -1, for all remaining ranks, it
-    is the number of processes / (tensor x pipeline x context degrees) or, if the number of processes is
-    unknown, the replicate degree. Nothing is reported if another degree is below 1 or if a degree is unknown
-    (`_knows_degrees`)."""
+     ranks is the replicate degree x the shard degree. If the shard degree is -1, for all remaining ranks, it
+     is the number of processes / (tensor x pipeline x context degrees) or, if the number of processes is
+     unknown, the replicate degree. Nothing is reported if another degree is below 1 or if a degree is unknown
+    ."""
     global_batch = t.count("training.global_batch_size")
     local_batch = t.count("training.local_batch_size")
     if not global_batch or not local_batch or global_batch < 1 or not _knows_degrees(t):

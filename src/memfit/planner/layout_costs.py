@@ -81,7 +81,7 @@ class Composer:
         if self.context > 1:
             for uses in ((), (_FULL,)):
                 yield self._key(uses=uses, context=self.context)
-                yield self._key(uses=uses, context=self.context, samples=self._many_samples)
+                yield self._with_many_samples(self._key(uses=uses, context=self.context))
         if self.experts > 1:
             yield from self._expert_keys(inside, computes)
 
@@ -125,7 +125,6 @@ class Composer:
         context: int = 1,
         vocabulary: str = "",
         compute: str = "",
-        samples: int = 1,
         experts: int = 1,
     ) -> Key:
         vocabulary = vocabulary or (self.vocabulary if tensor > 1 else "whole")
@@ -136,15 +135,15 @@ class Composer:
             context=context,
             compute=compute or self.compute,
             uses=uses,
-            samples=samples,
+            samples=1,
             experts=experts,
         )
 
-    @property
-    def _many_samples(self) -> int:
-        """The samples of a micro-batch of which a context-parallel rank has as many tokens as one sample has,
-        so that its kernels have as much work as without context parallelism."""
-        return min(self.context, self.traced.job.batch_size)
+    def _with_many_samples(self, key: Key) -> Key:
+        """Return the key of the trace of as many samples as there are context-parallel ranks, of which a rank
+        has as many tokens as one sample has, so that its kernels have as much work as without context
+        parallelism. Their number is at most that of the job's batch."""
+        return dataclasses.replace(key, samples=min(key.context, self.traced.job.batch_size))
 
     def _expert_keys(self, inside: Sequence[Uses], computes: Sequence[str]) -> Iterator[Key]:
         for uses in {_traceable(u) for u in (*inside, ())}:
@@ -189,9 +188,9 @@ class Composer:
                 self._key(uses=matching_uses, context=self.context),
             )
             context_travel = _travel(self._parts(cut_key), 1 / layout.tensor)
-            weight, many = _weight(layout.context, self.context), self._many_samples
-            many_parts = self._parts(dataclasses.replace(cut_key, samples=many))
-            large_parts = _scale(parts, uncut_parts, many_parts, weight, share=1 / many)
+            weight, many_key = _weight(layout.context, self.context), self._with_many_samples(cut_key)
+            many_parts = self._parts(many_key)
+            large_parts = _scale(parts, uncut_parts, many_parts, weight, share=1 / many_key.samples)
             parts = _with_sample_times(_scale(parts, uncut_parts, self._parts(cut_key), weight), large_parts)
         return LayoutCut(
             parts=parts,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from memfit.cost.memory import memory_profile
 from memfit.cost.op_time import nominal_s
-from memfit.cost.recompute_ilp import QUICK, THOROUGH, Effort, refine_choice, smallest, solve
+from memfit.cost.recompute_ilp import QUICK, THOROUGH, SolverEffort, refine_choice, smallest, solve
 from memfit.cost.recompute_replay import Replay, replay
 from memfit.planner.capacity import Cap
 from memfit.planner.selection import Objective, best, score
@@ -177,7 +177,7 @@ def _choose_within(
     recording_replay: Replay,
     traced: Callable[[frozenset[int]], tuple[Plan, int]],
     target_bytes: int,
-    effort: Effort,
+    effort: SolverEffort,
 ) -> Plan | None:
     """Choose tensors to recompute and trace the plan, at most 6 times, until the traced peak is at most
     ``target_bytes``. Return the plan found within it whose recomputation takes least time; None if there is
