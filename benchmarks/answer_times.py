@@ -42,6 +42,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from memfit.jobs import registry
+
 HERE = Path(__file__).parent
 PAGE, RECORD = HERE / "answer_times.md", HERE / "records" / "answer_times.jsonl"
 DEFAULT_BASE = "e6c7ba79"  # the last revision before answers were made faster
@@ -81,16 +83,7 @@ def _llama(name: str, rows: int, length: int, **plan: Any) -> Question:
     )
 
 
-JOBS = (
-    "alphafold2",
-    "protein-lm",
-    "char-lm",
-    "molecules",
-    "genome",
-    "weather",
-    "potential",
-    "segmentation3d",
-)
+JOBS = tuple(name for name in registry.names() if name != "protein-ss")  # which has limits of its own
 
 QUESTIONS = (
     Question(name="--help", limit_s=0.3, arguments=("--help",)),

@@ -20,6 +20,7 @@ Communicate = Callable[[str, Any, int, int], Any]
 """(kind, bytes, ranks, ranks of them in one host) -> seconds"""
 
 GATHERED: Final = {"bf16": 2, "autocast": 4, "fp32": 4}  # bytes per parameter that the forward pass reads
+_SAMPLE_TIMES: Final = {"forward_s": "forward_sample_s", "backward_s": "backward_sample_s"}  # of `PartCosts`
 _MICRO_SIZES: Final = (1, 2)  # traced micro-batch sizes; others lie on the line through them
 
 
@@ -93,9 +94,7 @@ def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array
         return single_value * sizes
     double_value = float(getattr(getattr(parts[1], which), field))
     slope = (double_value - single_value) / (_MICRO_SIZES[1] - _MICRO_SIZES[0])
-    least = sizes * {"forward_s": single.forward_sample_s, "backward_s": single.backward_sample_s}.get(
-        field, 0
-    )
+    least = sizes * getattr(single, _SAMPLE_TIMES[field]) if field in _SAMPLE_TIMES else 0.0
     value: Array = numpy.maximum(single_value + slope * (sizes - _MICRO_SIZES[0]), least)
     return value
 
